@@ -1,0 +1,1 @@
+"""Evaluation of diffusion runs: features, distances, scores, studies, report."""

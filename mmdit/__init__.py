@@ -1,0 +1,35 @@
+"""mmdit: how should text enter a latent diffusion model? MMDiT and U-Net behind one door.
+
+Public names are imported on first use, so that `import mmdit` costs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Conditioning": "mmdit.denoiser",
+    "build_denoiser": "mmdit.models",
+    "load_config": "mmdit.config",
+    "TextToImage": "mmdit.pipeline",
+}
+__all__ = ["Conditioning", "TextToImage", "build_denoiser", "load_config"]
+
+if TYPE_CHECKING:
+    from mmdit.config import load_config
+    from mmdit.denoiser import Conditioning
+    from mmdit.models import build_denoiser
+    from mmdit.pipeline import TextToImage
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'mmdit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
