@@ -11,11 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import ValidationError, model_validator  # fmt: skip
+from pydantic import (  # fmt: skip
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from mmdit.presets import ENCODER_WIDTHS, PRESETS, VAE_WIDTHS
 from mmdit.registry import nearest, unknown
@@ -118,7 +127,9 @@ class UNetConfig(Config):
         for stage, (mult, depth) in enumerate(zip(self.channel_mult, self.transformer_depth, strict=True)):
             channels = mult * self.model_channels
             if channels % self.norm_groups:
-                raise ValueError(f"stage {stage} has {channels} channels, not a multiple of norm_groups={self.norm_groups}")
+                raise ValueError(
+                    f"stage {stage} has {channels} channels, not a multiple of norm_groups={self.norm_groups}"
+                )
             heads = self.num_heads or max(1, channels // self.head_dim)
             if depth and channels % heads:
                 raise ValueError(f"stage {stage} has {channels} channels, not divisible into {heads} heads")
@@ -127,7 +138,7 @@ class UNetConfig(Config):
         return self
 
 
-ModelConfig = Annotated[Union[MMDiTConfig, CrossDiTConfig, UNetConfig], Field(discriminator="name")]
+ModelConfig = Annotated[MMDiTConfig | CrossDiTConfig | UNetConfig, Field(discriminator="name")]
 
 
 def _check_heads(width: int, num_heads: int) -> None:
@@ -190,10 +201,8 @@ class CosMapConfig(Config):
     name: Literal["cosmap"] = "cosmap"
 
 
-ScheduleConfig = Annotated[Union[RectifiedFlowConfig, VariancePreservingConfig], Field(discriminator="name")]
-DensityConfig = Annotated[
-    Union[UniformConfig, LogitNormalConfig, ModeConfig, CosMapConfig], Field(discriminator="name")
-]
+ScheduleConfig = Annotated[RectifiedFlowConfig | VariancePreservingConfig, Field(discriminator="name")]
+DensityConfig = Annotated[UniformConfig | LogitNormalConfig | ModeConfig | CosMapConfig, Field(discriminator="name")]
 Prediction = Literal["velocity", "epsilon", "v", "sample"]
 
 
@@ -280,7 +289,7 @@ class ImagesConfig(Config):
     streaming: bool = False
 
 
-DataConfig = Annotated[Union[ShapesConfig, EmojiConfig, ImagesConfig], Field(discriminator="name")]
+DataConfig = Annotated[ShapesConfig | EmojiConfig | ImagesConfig, Field(discriminator="name")]
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -312,7 +321,9 @@ class TrainConfig(Config):
     keep_checkpoints: PositiveInt = 3
     keep_every: NonNegativeInt = 0  # checkpoints at multiples of this are never pruned (the study's snapshots)
     val_images: PositiveInt = 512
-    val_levels: Annotated[int, Field(ge=2)] = 8  # equidistant t; the last (t = 1) is left out of the mean, as in the paper
+    val_levels: Annotated[int, Field(ge=2)] = (
+        8  # equidistant t; the last (t = 1) is left out of the mean, as in the paper
+    )
     sample_prompts: tuple[str, ...] = ()  # empty: captions of the validation split
     tensorboard: bool = True
 
@@ -471,7 +482,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         hint = f"; did you mean {guess}?" if guess else "; see configs/ for the ones that are shipped"
         raise FileNotFoundError(f"no config file {path}{hint}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
@@ -717,7 +728,11 @@ def _describe(cls: type[Config], tree: Any, problem: Mapping[str, Any]) -> str:
         everywhere = sorted(_all_paths(cls))
         if guess is None:
             guess = next((p for p in everywhere if p.split(".")[-1] == str(keys[-1])), None)
-        hint = f"; did you mean {'.'.join([*map(str, keys[:-1]), guess]) if guess in fields else guess!r}?" if guess else ""
+        hint = (
+            f"; did you mean {'.'.join([*map(str, keys[:-1]), guess]) if guess in fields else guess!r}?"
+            if guess
+            else ""
+        )
         return f"{path}: unknown field{hint} Valid here: {', '.join(fields)}"
     if kind in ("literal_error", "union_tag_invalid"):
         expected = problem["ctx"].get("expected") or problem["ctx"].get("expected_tags", "")
@@ -730,7 +745,17 @@ def _describe(cls: type[Config], tree: Any, problem: Mapping[str, Any]) -> str:
     return f"{path}: {message}, got {problem['input']!r}"
 
 
-_VARIANTS = ("rectified_flow", "variance_preserving", "uniform", "logit_normal", "mode", "cosmap", "shapes", "emoji", "images")
+_VARIANTS = (
+    "rectified_flow",
+    "variance_preserving",
+    "uniform",
+    "logit_normal",
+    "mode",
+    "cosmap",
+    "shapes",
+    "emoji",
+    "images",
+)
 
 
 def _members(annotation: Any) -> list[type[Config]]:

@@ -105,8 +105,10 @@ def _cat_contexts(parts: Sequence[Conditioning]) -> tuple[Tensor, Tensor | None,
             contexts.append(torch.nn.functional.pad(part.context[:, start:stop], (0, 0, 0, missing)))
             masks.append(torch.nn.functional.pad(mask[:, start:stop], (0, missing)))
     per_part = len(lengths)
-    join = lambda xs: torch.cat(  # noqa: E731
-        [torch.cat(xs[i : i + per_part], dim=1) for i in range(0, len(xs), per_part)]
+    join = (
+        lambda xs: torch.cat(  # noqa: E731
+            [torch.cat(xs[i : i + per_part], dim=1) for i in range(0, len(xs), per_part)]
+        )
     )
     starts = [sum(lengths[:s]) for s in range(per_part)]
     streams = None

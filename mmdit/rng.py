@@ -41,9 +41,7 @@ def generator(seed: int, purpose: Purpose, index: int = 0, step: int = 0) -> np.
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def normal(
-    seed: int, purpose: Purpose, indices: Sequence[int], shape: Sequence[int], step: int = 0
-) -> np.ndarray:
+def normal(seed: int, purpose: Purpose, indices: Sequence[int], shape: Sequence[int], step: int = 0) -> np.ndarray:
     """Draw standard normal noise, float32, [len(indices), *shape]; row i depends on indices[i] alone."""
     out = np.empty((len(indices), *shape), dtype=np.float32)
     for row, index in enumerate(indices):

@@ -1,0 +1,160 @@
+"""The config road: merging, presets, widths, and errors that name the right word."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from mmdit.config import (
+    ConfigError,
+    RunConfig,
+    differences,
+    load_config,
+    load_study,
+    merge,
+    parse_overrides,
+    resolve,
+    row_configs,
+    to_tree,
+    to_yaml,
+)
+from mmdit.presets import ENCODER_WIDTHS, PRESETS, VAE_WIDTHS
+
+
+def test_a_resolved_config_survives_the_trip_through_yaml():
+    config = load_config(None, ["--model.name", "unet", "--model.preset", "tiny", "--train.lr", "2e-4"])
+    assert resolve(yaml.safe_load(to_yaml(config))) == config
+    assert config.train.lr == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_of_every_backbone_resolves_and_takes_the_encoders_widths(name):
+    for preset, fields in PRESETS[name].items():
+        if "context_dim" in fields:
+            continue  # the released sizes state their own widths, which are not the tiny encoders'
+        model = load_config(None, {"model": {"name": name, "preset": preset}}).model
+        assert model.context_dim == ENCODER_WIDTHS["tiny"]["context_dim"]
+        assert model.in_channels == VAE_WIDTHS["tiny"]["channels"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (["--train.lrr", "1"], ["train.lrr", "did you mean 'train.lr'"]),
+        (["--trian.lr", "1"], ["trian", "did you mean 'train'"]),
+        (["--lr", "1"], ["did you mean 'train.lr'"]),
+        (["--sampling.sampler", "eular"], ["sampling.sampler", "'eular'", "did you mean 'euler'"]),
+        (["--model.name", "unett"], ["did you mean 'unet'"]),
+        (["--model.preset", "tinny"], ["did you mean 'tiny'"]),
+        (["--model.depht", "3"], ["did you mean 'model.depth'"]),
+        (["--train.lr", "fast"], ["train.lr", "number", "'fast'"]),
+        (["--encoders.t5_length", "0"], ["encoders.t5_length", "greater than 0"]),
+        (["--data.resolution", "65"], ["data.resolution"]),
+        (["--data.name", "emoji", "--data.resolution", "72"], ["latent size 9", "not divisible by 2"]),
+        (["--diffusion.schedule.name", "variance_preserving"], ["'velocity' belongs to rectified_flow"]),
+        (["--sampling.sampler", "ddpm"], ["'ddpm'", "variance_preserving"]),
+        (["--train.batch_size", "7", "--train.accumulation", "2"], ["batch_size 7", "accumulation"]),
+        (["--diffusion.density.sale", "1"], ["diffusion.density.sale", "unknown field"]),
+        (["--model.context_dim", "300"], ["context_dim is 300", "256"]),
+        (["--train.lr"], ["has no value"]),
+    ],
+)
+def test_a_wrong_word_is_refused_with_its_path_and_the_nearest_right_one(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["--model.name", "mmdit", "--model.preset", "tiny", *override])
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_changing_the_name_drops_the_old_variants_fields():
+    tree = {"model": {"name": "mmdit", "preset": "tiny", "depth": 3}}
+    config = load_config(None, merge(tree, parse_overrides(["--model.name", "unet"])))
+    assert config.model.name == "unet"
+
+
+def test_changing_the_preset_drops_the_old_presets_fields_but_keeps_the_users(monkeypatch):
+    monkeypatch.setitem(PRESETS["mmdit"], "other", {**PRESETS["mmdit"]["tiny"], "depth": 2})
+    resolved = to_tree(load_config(None, {"model": {"name": "mmdit", "preset": "tiny", "qk_norm": "rms"}}))
+    config = load_config(None, merge(resolved, {"model": {"preset": "other"}}))
+    assert config.model.depth == 2
+    assert config.model.qk_norm == "rms"
+
+
+def test_a_base_file_lies_underneath_and_only_one_level_deep(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {lr: 1e-3, batch_size: 64}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {lr: 5e-4}\n")
+    (tmp_path / "c.yaml").write_text("base: b.yaml\n")
+    config = load_config(tmp_path / "b.yaml")
+    assert (config.train.lr, config.train.batch_size) == (5e-4, 64)
+    with pytest.raises(ConfigError, match="may not have a base of its own"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_missing_file_names_the_nearest_one(tmp_path):
+    (tmp_path / "quickstart.yaml").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*quickstart\.yaml"):
+        load_config(tmp_path / "quikstart.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "train: {lr: 1}\ntrain: {lr: 2}\n"])
+def test_what_is_no_mapping_of_unique_keys_is_refused(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+def test_every_field_with_one_letter_changed_is_refused_and_mostly_recognised():
+    """F12 of the fault table in small: rename each leaf of the resolved config by one edit."""
+    tree = to_tree(load_config(None, {"model": {"name": "mmdit", "preset": "tiny"}}))
+    tried = hinted = 0
+
+    def leaves(node, path=()):
+        for key, value in node.items():
+            yield (*path, key)
+            if isinstance(value, dict):
+                yield from leaves(value, (*path, key))
+
+    for path in leaves(tree):
+        if path[-1] == "name":
+            continue
+        wrong = (
+            path[-1][:1] + path[-1][1:][::-1][:1] + path[-1][1:] if len(path[-1]) < 4 else path[-1][:-2] + path[-1][-1]
+        )
+        override = {wrong: 1}
+        for key in reversed(path[:-1]):
+            override = {key: override}
+        with pytest.raises(ConfigError) as caught:
+            load_config(None, merge(tree, override))
+        tried += 1
+        hinted += path[-1] in str(caught.value).split("Valid here")[0].replace(wrong, "")
+    assert tried > 60
+    assert hinted / tried >= 0.95
+
+
+def test_a_row_that_changes_more_than_the_study_varies_is_refused(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {name: mmdit, preset: tiny}\n")
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        "name: s\nbase: base.yaml\nrows:\n  a: {}\n  b: {model: {name: unet, preset: tiny}, train: {lr: 3e-4}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"row 'b' differs from row 'a' in train\.lr"):
+        row_configs(load_study(study))
+    cells = row_configs(load_study(study, ["--allow_confounded", "true"]))
+    assert differences(to_tree(cells["a"][0]), to_tree(cells["b"][0]))[0] == "name"
+    assert isinstance(cells["b"][0], RunConfig)
+
+
+def test_a_typo_exits_before_torch_is_imported():
+    code = (
+        "import sys; from mmdit.config import load_config, ConfigError\n"
+        "try: load_config(None, ['--train.lrr', '1'])\n"
+        "except ConfigError: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+    assert time.perf_counter() - start < 20  # a hang, not a speed test
