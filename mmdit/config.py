@@ -233,7 +233,7 @@ class SamplingConfig(Config):
 
 
 class CaptionDropoutConfig(Config):
-    """Probabilities in training. SD3: caption 0, each encoder 0.464, so one in ten has no text (arXiv:2403.03206, B.3)."""
+    """Probabilities in training. SD3: caption 0, each encoder 0.464: one in ten has no text (arXiv:2403.03206, B.3)."""
 
     caption: Probability = 0.1  # the whole caption at once
     clip_l: Probability = 0.0
@@ -322,7 +322,7 @@ class TrainConfig(Config):
     keep_every: NonNegativeInt = 0  # checkpoints at multiples of this are never pruned (the study's snapshots)
     val_images: PositiveInt = 512
     val_levels: Annotated[int, Field(ge=2)] = (
-        8  # equidistant t; the last (t = 1) is left out of the mean, as in the paper
+        8  # equidistant t; the mean leaves out the last (t = 1), as the paper does
     )
     sample_prompts: tuple[str, ...] = ()  # empty: captions of the validation split
     tensorboard: bool = True
@@ -522,7 +522,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay `over` on `base`, deeply; a changed `name` drops the old variant's fields, a changed `preset` the old preset's."""
+    """Lay `over` on `base`, deeply; a changed `name` (or `preset`) drops the old variant's (or preset's) fields."""
     if "name" in over and "name" in base and over["name"] != base["name"] and not _is_run(base):
         return dict(over)
     result = dict(base)

@@ -129,7 +129,7 @@ def test_every_field_with_one_letter_changed_is_refused_and_mostly_recognised():
         with pytest.raises(ConfigError) as caught:
             load_config(None, merge(tree, override))
         tried += 1
-        hinted += path[-1] in str(caught.value).split("Valid here")[0].replace(wrong, "")
+        hinted += name in str(caught.value).split("Valid here")[0].replace(wrong, "")
     assert tried > 60
     assert hinted / tried >= 0.95
 

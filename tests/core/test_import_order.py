@@ -36,7 +36,7 @@ ROOMS = {
         "weights",
         "data",
         "checkpoint",
-    },  # fmt: skip
+    },
 }
 EVERYTHING = set(ROOMS) | {"train"}
 ROOMS["train"] = EVERYTHING
@@ -59,7 +59,7 @@ HEAVY = {
             "mmdit_eval",
         },
         False,
-    ),  # fmt: skip
+    ),
     "transformers": ({"encoders", "mmdit_eval"}, True),
     "datasets": ({"data"}, True),
     "accelerate": ({"train"}, False),
