@@ -576,7 +576,8 @@ def resolve(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
     tree = _default_names(tree)
     if isinstance(tree.get("model"), Mapping):
         model = _expand_preset(dict(tree["model"]), source)
-        encoders = tree.get("encoders") if isinstance(tree.get("encoders"), Mapping) else {}
+        given = tree.get("encoders")
+        encoders: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
         text = ENCODER_WIDTHS.get(str(encoders.get("text", "tiny")))
         vae = VAE_WIDTHS.get(str(encoders.get("vae", "tiny")))
         if text is not None:

@@ -57,7 +57,7 @@ class Conditioning(NamedTuple):
         """Move all tensors to `device`; cast the floating ones to `dtype` (the mask stays bool)."""
         return self.map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
 
-    def index(self, rows: Tensor | Sequence[int] | slice) -> Conditioning:
+    def index(self, rows: Tensor | Sequence[int] | slice) -> Conditioning:  # type: ignore[override]
         """Select rows of the batch."""
         return self.map(lambda x: x[rows])
 
@@ -105,11 +105,10 @@ def _cat_contexts(parts: Sequence[Conditioning]) -> tuple[Tensor, Tensor | None,
             contexts.append(torch.nn.functional.pad(part.context[:, start:stop], (0, 0, 0, missing)))
             masks.append(torch.nn.functional.pad(mask[:, start:stop], (0, missing)))
     per_part = len(lengths)
-    join = (
-        lambda xs: torch.cat(  # noqa: E731
-            [torch.cat(xs[i : i + per_part], dim=1) for i in range(0, len(xs), per_part)]
-        )
-    )
+
+    def join(pieces: list[Tensor]) -> Tensor:
+        return torch.cat([torch.cat(pieces[i : i + per_part], dim=1) for i in range(0, len(pieces), per_part)])
+
     starts = [sum(lengths[:s]) for s in range(per_part)]
     streams = None
     if parts[0].streams is not None:
