@@ -120,9 +120,8 @@ def test_every_field_with_one_letter_changed_is_refused_and_mostly_recognised():
     for path in leaves(tree):
         if path[-1] == "name":
             continue
-        wrong = (
-            path[-1][:1] + path[-1][1:][::-1][:1] + path[-1][1:] if len(path[-1]) < 4 else path[-1][:-2] + path[-1][-1]
-        )
+        name = path[-1]
+        wrong = name + name[-1] if len(name) < 4 else name[:-2] + name[-1]
         override = {wrong: 1}
         for key in reversed(path[:-1]):
             override = {key: override}
