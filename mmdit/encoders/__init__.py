@@ -1,1 +1,1 @@
-"""Room: encoders."""
+"""Room: encoders. Captions and pixels to tensors; the only room that imports transformers, inside functions."""

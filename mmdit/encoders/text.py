@@ -1,0 +1,444 @@
+"""Captions to Conditioning: CLIP-L, CLIP-G and T5 joined as in SD3.
+
+    lg      = [CLIP-L penultimate states ; CLIP-G penultimate states]   by feature, zero-padded to T5's width
+    context = [lg ; T5 last states]                                     by token, 77 + t5_length
+    pooled  = [CLIP-L state at the end token ; CLIP-G's, projected]
+
+Source: Esser et al. 2024, arXiv:2403.03206v1, section 4 and B.3, and the released sd3-ref. The tiny encoders that are
+shipped and a released folder take this same road; only sizes differ.
+
+Padding. `attend` is what the releases do: T5 reads its padding, and the context carries no mask. Under `mask` and
+`trim` T5 runs with an attention mask, so that what a token becomes does not depend on how much padding stands behind
+it; states of padding are zero and masked. (CLIP is causal: padding after the end token changes nothing before it.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdit.config import CaptionDropoutConfig
+from mmdit.denoiser import Conditioning, Streams
+from mmdit.encoders.tokenizers import (
+    CLIP_END,
+    CLIP_LENGTH,
+    T5_END,
+    T5_PAD,
+    TINY,
+    T5Tokenizer,
+    pad,
+)
+from mmdit.encoders.towers import FOLDERS, Tower, load_folders, load_tiny, pooled_width, tower_states
+
+Padding = Literal["attend", "mask", "trim"]
+Null = Literal["zeros", "empty_caption"]
+CLIP_PAD = {"clip_l": CLIP_END, "clip_g": 0}  # sd3-ref pads the second tower with id 0
+_BATCH = 512  # rows run through a tower at once
+
+
+class TextEncoders:
+    """Three text encoders behind one call; any may be missing and then contributes zeros, as SD3 does without T5.
+
+    Args:
+        towers: by name, a subset of `ENCODERS`.
+        tokenizers: by name; an encoder without one still takes ids.
+        context_dim: E, T5's width where there is a T5.
+        t5_length: tokens of the T5 stream.
+        padding: default policy of `encode`; see the module's text.
+    """
+
+    def __init__(
+        self,
+        towers: Mapping[str, Tower],
+        tokenizers: Mapping[str, Any],
+        *,
+        context_dim: int,
+        t5_length: int = 77,
+        padding: Padding = "mask",
+    ) -> None:
+        if t5_length < 1:
+            raise ValueError(f"t5_length must be at least 1 token, got {t5_length}")
+        self.towers, self.tokenizers = dict(towers), dict(tokenizers)
+        self.context_dim, self.t5_length, self.padding = context_dim, t5_length, padding
+        self._clip_width = sum(self._width(name) for name in ("clip_l", "clip_g"))
+        if self._clip_width > context_dim:
+            raise ValueError(f"CLIP states of width {self._clip_width} do not fit into context_dim {context_dim}")
+        for tower in self.towers.values():
+            tower.module.eval().requires_grad_(False)
+        self._fingerprint: str | None = None
+
+    def _width(self, name: str) -> int:
+        return self.towers[name].width if name in self.towers else 0
+
+    @property
+    def clip_l_width(self) -> int:
+        """Where CLIP-L ends and CLIP-G begins, in the features of the CLIP stream and of `pooled`."""
+        return self._width("clip_l")
+
+    @property
+    def pooled_dim(self) -> int:
+        """G."""
+        return sum(pooled_width(self.towers[name].module) for name in ("clip_l", "clip_g") if name in self.towers)
+
+    @property
+    def streams(self) -> Streams:
+        """Where each stream lies in an untrimmed context: (name, start, stop, width)."""
+        end = CLIP_LENGTH + self.t5_length
+        return (("clip", 0, CLIP_LENGTH, self._clip_width), ("t5", CLIP_LENGTH, end, self.context_dim))
+
+    def to(self, device: torch.device | str) -> TextEncoders:
+        """Move the encoders; conditionings are then made there."""
+        for name, (module, mean, std) in self.towers.items():
+            self.towers[name] = Tower(module.to(device), mean.to(device), std.to(device))
+        return self
+
+    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return padded ids: {"clip_l": int64 [B, 77], "clip_g": [B, 77], "t5": [B, t5_length]}.
+
+        Only encoders whose tokenizer is present appear.
+
+        Raises:
+            ValueError: `prompts` is one string; pass a list.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list of strings, got the string {prompts!r}; write [{prompts!r}]")
+        ids = {}
+        for name, value in CLIP_PAD.items():
+            if name in self.tokenizers:
+                ids[name] = pad(self.tokenizers[name](prompts), value, CLIP_LENGTH)
+        if "t5" in self.tokenizers:
+            ids["t5"] = pad(self.tokenizers["t5"](prompts, self.t5_length), T5_PAD, self.t5_length)
+        return ids
+
+    def encode(self, prompts: Sequence[str], padding: Padding | None = None) -> Conditioning:
+        """Encode prompts; see `encode_ids`.
+
+        Raises:
+            ValueError: an encoder has no tokenizer; give `encode_ids` its ids.
+        """
+        missing = [name for name in self.towers if name not in self.tokenizers]
+        if missing:
+            raise ValueError(f"no tokenizer for {', '.join(missing)}: add its folder, or call encode_ids with ids")
+        return self.encode_ids(self.tokenize(prompts), padding)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Mapping[str, Tensor], padding: Padding | None = None) -> Conditioning:
+        """Encode ids as `tokenize` gives them.
+
+        Equal rows are computed once and rows of like length together, so 32,000 short captions cost seconds.
+
+        Args:
+            ids: int64 [B, 77] for `clip_l`, `clip_g`; [B, L] for `t5`.
+            padding: `attend`: untrimmed, no mask; `mask`: untrimmed, `context_mask` True on real tokens (the end token
+                is the last one); `trim`: as `mask`, cut to the longest row of each stream.
+
+        Returns:
+            context [B, 77 + L, E], pooled [B, G], context_mask as above, streams.
+        """
+        padding = padding or self.padding
+        absent = [name for name in self.towers if name not in ids]
+        if absent:
+            raise ValueError(f"encode_ids got no ids for {', '.join(absent)}; got {', '.join(ids) or 'none'}")
+        batch = next(iter(ids.values())).shape[0]
+        device = next(iter(self.towers.values())).state_mean.device
+        keep = padding == "attend"
+
+        clip_states, pooled, clip_real = [], [], None
+        for name in ("clip_l", "clip_g"):
+            if name in self.towers:
+                real = clip_lengths(ids[name])
+                states, vector = _run(self.towers[name], ids[name].to(device), real.to(device), keep)
+                clip_states.append(states)
+                pooled.append(vector)
+                clip_real = real if clip_real is None else torch.maximum(clip_real, real)
+        if clip_real is None:
+            clip_real = torch.zeros(batch, dtype=torch.long)
+            clip_states = [torch.zeros(batch, CLIP_LENGTH, 0, device=device)]
+        if "t5" in self.towers:
+            t5_real = t5_lengths(ids["t5"])
+            t5_states, _ = _run(self.towers["t5"], ids["t5"].to(device), t5_real.to(device), keep)
+        else:
+            t5_real = torch.zeros(batch, dtype=torch.long)
+            t5_states = torch.zeros(batch, self.t5_length, self.context_dim, device=device)
+
+        clip_real, t5_real = clip_real.clamp(min=1), t5_real.clamp(min=1)  # a missing encoder keeps one null token
+        lengths = [CLIP_LENGTH, ids["t5"].shape[1] if "t5" in self.towers else self.t5_length]
+        if padding == "trim":
+            lengths = [int(clip_real.max()), int(t5_real.max())]
+        clip = torch.cat([_lengthen(states, lengths[0]) for states in clip_states], dim=2)  # [B, 77, clip_width]
+        clip = F.pad(clip, (0, self.context_dim - clip.shape[2]))  # [B, 77, E]
+        context = torch.cat([clip, _lengthen(t5_states, lengths[1])], dim=1)  # [B, 77 + L, E]
+        mask = None
+        if padding != "attend":
+            mask = torch.cat([_first(clip_real, lengths[0]), _first(t5_real, lengths[1])], dim=1).to(device)
+        streams = (
+            ("clip", 0, lengths[0], self._clip_width),
+            ("t5", lengths[0], sum(lengths), self.context_dim),
+        )
+        return Conditioning(context, torch.cat(pooled, dim=1) if pooled else None, mask, streams)
+
+    def null(self, batch: int, null: Null = "zeros", padding: Padding | None = None) -> Conditioning:
+        """Return what stands for "no text", `batch` equal rows; training dropout and guidance both use it.
+
+        `zeros`: zero context and pooled, one attended token in each stream. `empty_caption`: the encoded "".
+        """
+        padding = padding or self.padding
+        if null == "empty_caption":
+            return self.encode([""], padding).repeat(batch)
+        if null != "zeros":
+            raise ValueError(f"unknown null {null!r}; use 'zeros' or 'empty_caption'")
+        lengths = [1, 1] if padding == "trim" else [CLIP_LENGTH, self.t5_length]
+        device = next(iter(self.towers.values())).state_mean.device
+        mask = None
+        if padding != "attend":
+            mask = torch.cat([_first(torch.ones(batch), n) for n in lengths], dim=1).to(device)
+        return Conditioning(
+            torch.zeros(batch, sum(lengths), self.context_dim, device=device),
+            torch.zeros(batch, self.pooled_dim, device=device) if self.pooled_dim else None,
+            mask,
+            (("clip", 0, lengths[0], self._clip_width), ("t5", lengths[0], sum(lengths), self.context_dim)),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all weights and of the T5 vocabulary: two encoders with the same one give the same states."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, tower in sorted(self.towers.items()):
+                tensors = {**tower.module.state_dict(), "state_mean": tower.state_mean, "state_std": tower.state_std}
+                for key, tensor in sorted(tensors.items()):
+                    digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            if isinstance(self.tokenizers.get("t5"), T5Tokenizer):
+                digest.update(self.tokenizers["t5"].fingerprint.encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+
+def clip_lengths(ids: Tensor) -> Tensor:
+    """Count real tokens, the first end token included: int64 [B]; rows without an end token are real throughout."""
+    ends = ids == CLIP_END
+    return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, ids.shape[1]).cpu()
+
+
+def t5_lengths(ids: Tensor) -> Tensor:
+    """Count real tokens, the end token included: int64 [B]; without one, up to the last that is not padding."""
+    ends = ids == T5_END
+    places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    unpadded = torch.where(ids != T5_PAD, places, 0).amax(dim=1)
+    return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, unpadded).cpu()
+
+
+def _first(counts: Tensor, length: int) -> Tensor:
+    """True on the first counts[i] of `length` places: bool [B, length]."""
+    return torch.arange(length)[None] < counts.cpu()[:, None]
+
+
+def _lengthen(states: Tensor, length: int) -> Tensor:
+    """Zero-pad (or cut) [B, l, width] to [B, length, width]."""
+    return F.pad(states[:, :length], (0, 0, 0, max(0, length - states.shape[1])))
+
+
+def _run(tower: Tower, ids: Tensor, real: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """Run one tower over distinct rows, sorted by length.
+
+    Args:
+        ids: [B, L].
+        real: [B] real tokens.
+        keep: run at full length without a mask and keep the states of padding; else they are zero.
+
+    Returns:
+        Standardised states [B, longest, width], longest = L with `keep`; pooled [B, G] for a CLIP tower, None for T5.
+    """
+    ids, inverse = torch.unique(ids, dim=0, return_inverse=True)
+    real = real.new_zeros(ids.shape[0]).scatter_(0, inverse, real)  # equal rows have equal length
+    length = ids.shape[1] if keep else max(1, int(real.max()))
+    states = torch.zeros(ids.shape[0], length, tower.width, device=ids.device)
+    pooled = None
+    for rows in torch.argsort(real, stable=True).split(_BATCH):
+        stop = length if keep else max(1, int(real[rows].max()))
+        mask = None if keep else _first(real[rows], stop).to(ids.device)
+        out, vector = tower_states(tower.module, ids[rows, :stop], mask)
+        out = (out.float() - tower.state_mean) / tower.state_std
+        states[rows, :stop] = out if mask is None else out * mask[:, :, None]
+        if vector is not None:
+            if pooled is None:
+                pooled = torch.zeros(ids.shape[0], vector.shape[1], device=ids.device)
+            pooled[rows] = vector.float()
+    return states[inverse], None if pooled is None else pooled[inverse]
+
+
+# --- what training and guidance do with a Conditioning --------------------------------------------------------------
+
+
+def apply_padding(conditioning: Conditioning, padding: Padding) -> Conditioning:
+    """Apply a padding policy to encoded captions; which one a run uses is a config field, because it changes results.
+
+    `attend` drops the mask (for states that were encoded with padding `attend`), `mask` keeps everything, `trim` cuts
+    each stream to its longest row in this batch.
+
+    Raises:
+        ValueError: `mask` or `trim` without a `context_mask`.
+    """
+    if padding == "attend":
+        return conditioning._replace(context_mask=None)
+    if padding not in ("mask", "trim"):
+        raise ValueError(f"unknown padding {padding!r}; use 'attend', 'mask' or 'trim'")
+    if conditioning.context_mask is None:
+        raise ValueError(f"padding {padding!r} needs a context_mask; encode with padding='mask', not 'attend'")
+    if padding == "mask":
+        return conditioning
+    places = torch.arange(conditioning.context.shape[1], device=conditioning.context.device)
+    last = (places * conditioning.context_mask).amax(dim=0)  # a column's own index where any row attends to it, else 0
+    lengths = [max(1, int(last[start:stop].max()) - start + 1) for _, start, stop, _ in _streams(conditioning)]
+    return resize_streams(conditioning, lengths)
+
+
+def resize_streams(conditioning: Conditioning, lengths: Sequence[int]) -> Conditioning:
+    """Cut or zero-pad each stream to `lengths` tokens; what is added is masked where there is a mask."""
+    contexts, masks, streams, place = [], [], [], 0
+    for (name, start, stop, width), length in zip(_streams(conditioning), lengths, strict=True):
+        missing = max(0, length - (stop - start))
+        end = min(stop, start + length)
+        contexts.append(F.pad(conditioning.context[:, start:end], (0, 0, 0, missing)))
+        if conditioning.context_mask is not None:
+            masks.append(F.pad(conditioning.context_mask[:, start:end], (0, missing)))
+        streams.append((name, place, place + length, width))
+        place += length
+    mask = torch.cat(masks, dim=1) if masks else None
+    return conditioning._replace(context=torch.cat(contexts, dim=1), context_mask=mask, streams=tuple(streams))
+
+
+def drop_captions(
+    conditioning: Conditioning,
+    null_conditioning: Conditioning,
+    dropout: CaptionDropoutConfig,
+    uniforms: Tensor,
+    *,
+    clip_l_width: int | None = None,
+) -> Conditioning:
+    """Replace whole captions, or single encoders' parts of them, by the run's null.
+
+    A dropped encoder's slice of the context and of `pooled` becomes the null's. The two CLIP towers share one stream:
+    when both are dropped (or the caption) the stream's mask becomes the null's too, which attends to at least one
+    token; when one is dropped, only its features change.
+
+    Args:
+        conditioning: streams ("clip", ...), ("t5", ...); trimmed or not.
+        null_conditioning: one row, or B.
+        dropout: probabilities.
+        uniforms: [B, 4] in [0, 1): caption, clip_l, clip_g, t5; below its probability = dropped.
+        clip_l_width: `TextEncoders.clip_l_width`; needed where `clip_l` or `clip_g` has a probability of its own.
+
+    Raises:
+        ValueError: shapes that do not fit, or `clip_l_width` missing.
+    """
+    batch = conditioning.context.shape[0]
+    uniforms = torch.as_tensor(uniforms, device=conditioning.context.device)
+    if uniforms.shape != (batch, 4):
+        raise ValueError(f"uniforms must be [B, 4] = [{batch}, 4], got {list(uniforms.shape)}")
+    if (dropout.clip_l or dropout.clip_g) and clip_l_width is None:
+        raise ValueError("dropping clip_l or clip_g alone needs clip_l_width (TextEncoders.clip_l_width)")
+    if (conditioning.context_mask is None) != (null_conditioning.context_mask is None):
+        raise ValueError("conditioning and null_conditioning must both have a context_mask or both have none")
+    whole = uniforms[:, 0] < dropout.caption
+    clip_l, clip_g, t5 = (
+        whole | (uniforms[:, i] < p) for i, p in ((1, dropout.clip_l), (2, dropout.clip_g), (3, dropout.t5))
+    )
+
+    null = null_conditioning
+    if null.context.shape[0] == 1:
+        null = null.repeat(batch)
+    ours, theirs = (
+        _real_lengths(conditioning),
+        _real_lengths(apply_padding(null, "trim") if null.context_mask is not None else null),
+    )
+    lengths = [max(a, b) for a, b in zip(ours, theirs, strict=True)]
+    conditioning, null = resize_streams(conditioning, lengths), resize_streams(null, lengths)
+
+    context, pooled, mask = conditioning.context.clone(), conditioning.pooled, conditioning.context_mask
+    (_, clip_start, clip_stop, _), (_, t5_start, t5_stop, _) = _streams(conditioning)
+    split = clip_l_width if clip_l_width is not None else 0  # without it both towers fall together
+    clip_tokens, t5_tokens = slice(clip_start, clip_stop), slice(t5_start, t5_stop)
+    parts = (
+        (clip_l, clip_tokens, slice(0, split)),
+        (clip_g, clip_tokens, slice(split, None)),
+        (t5, t5_tokens, slice(None)),
+    )
+    for dropped, tokens, features in parts:
+        context[:, tokens, features] = torch.where(
+            dropped[:, None, None], null.context[:, tokens, features].to(context.dtype), context[:, tokens, features]
+        )
+    if pooled is not None and null.pooled is not None:
+        from_l = torch.arange(pooled.shape[1], device=pooled.device) < split  # [G]
+        dropped = torch.where(from_l[None], clip_l[:, None], clip_g[:, None])  # [B, G]
+        pooled = torch.where(dropped, null.pooled.to(pooled.dtype), pooled)
+    if mask is not None and null.context_mask is not None:
+        gone = torch.cat(
+            [(clip_l & clip_g)[:, None].expand(-1, lengths[0]), t5[:, None].expand(-1, lengths[1])], dim=1
+        )  # [B, L]
+        mask = torch.where(gone, null.context_mask, mask)
+    return conditioning._replace(context=context, pooled=pooled, context_mask=mask)
+
+
+def _trimmed(conditioning: Conditioning) -> Conditioning:
+    return conditioning if conditioning.context_mask is None else apply_padding(conditioning, "trim")
+
+
+def _streams(conditioning: Conditioning) -> Streams:
+    if conditioning.streams is None:
+        raise ValueError("this Conditioning has no streams; encode with TextEncoders, which sets them")
+    return conditioning.streams
+
+
+def _real_lengths(conditioning: Conditioning) -> list[int]:
+    return [stop - start for _, start, stop, _ in _streams(conditioning)]
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_text_encoders(
+    path: str | Path = "tiny",
+    *,
+    clip_l: Mapping[str, Any] | None = None,
+    clip_g: Mapping[str, Any] | None = None,
+    t5: Mapping[str, Any] | None = None,
+    t5_length: int = 77,
+    padding: Padding | None = None,
+) -> TextEncoders:
+    """Load text encoders.
+
+    Args:
+        path: `tiny` for the embedded default, a folder that holds such files (`text.json` and safetensors), or a
+            folder in the Hugging Face layout of SD3 (`text_encoder`, `text_encoder_2`, `text_encoder_3`, each with its
+            `tokenizer*` beside it; CLIP falls back on the packaged vocabulary, which is the same for every CLIP).
+        clip_l, clip_g, t5: overrides of the encoder's config, such as {"num_attention_heads": 2}.
+        t5_length: tokens of the T5 stream; longer captions are cut.
+        padding: default policy of `encode`. None: `mask` for tiny encoders, which were trained so, `attend` for
+            released ones.
+
+    Raises:
+        FileNotFoundError: no encoders there.
+        ValueError: files that do not fit their config.
+    """
+    overrides = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5}
+    folder = TINY if str(path) == "tiny" else Path(path)
+    if (folder / "text.json").is_file():
+        towers, tokenizers, context_dim = load_tiny(folder, overrides)
+        default: Padding = "mask"
+    elif any((folder / name).is_dir() for name in FOLDERS.values()):
+        towers, tokenizers, context_dim = load_folders(folder, overrides)
+        default = "attend"
+    else:
+        raise FileNotFoundError(
+            f"no text encoders at {folder}: expected text.json (`python scripts/train_tiny_encoders.py` makes it) or the "
+            f"folders {', '.join(FOLDERS.values())}"
+        )
+    return TextEncoders(towers, tokenizers, context_dim=context_dim, t5_length=t5_length, padding=padding or default)

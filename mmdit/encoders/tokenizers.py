@@ -1,0 +1,162 @@
+"""Text to ids: the real CLIP byte-pair vocabulary (packaged) and T5's sentencepiece.
+
+Both hand out plain id lists without padding; padding is `encoders.text`'s business, because SD3's CLIP-L pads with
+49407 and its CLIP-G with 0, and a tokenizer told `pad_token="!"` (id 0) turns every "!" of a caption into padding.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import html
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TINY = Path(__file__).parent / "tiny"
+BPE_FILE = TINY / "bpe_simple_vocab_16e6.txt.gz"
+
+CLIP_VOCAB_SIZE = 49_408
+CLIP_START, CLIP_END = 49_406, 49_407
+CLIP_LENGTH = 77
+T5_PAD, T5_END, T5_UNKNOWN = 0, 1, 2
+
+# "a photo of a cat"; every load is checked against it, because transformers builds a near-empty vocabulary without
+# an error where it is handed a file name it does not know (facts: libraries.md, 0.1).
+_GOLDEN_TEXT, _GOLDEN_IDS = "a photo of a cat", [CLIP_START, 320, 1125, 539, 320, 2368, CLIP_END]
+
+
+def clean(text: str) -> str:
+    """Repair mojibake, undo HTML entities twice (as CLIP's training did), and collapse white space."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+class ClipTokenizer:
+    """CLIP's lower-cased byte-pair encoding. Source: Radford et al. 2021, arXiv:2103.00020, section 2.4.
+
+    Args:
+        path: None for the packaged vocabulary, else a folder in the Hugging Face layout.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self._tokenizer = _clip_from_package() if path is None else _clip_from_folder(Path(path))
+        if len(self._tokenizer) != CLIP_VOCAB_SIZE or self([_GOLDEN_TEXT]) != [_GOLDEN_IDS]:
+            raise ValueError(
+                f"the CLIP tokenizer at {path or BPE_FILE} has {len(self._tokenizer)} entries and encodes "
+                f"{_GOLDEN_TEXT!r} as {self([_GOLDEN_TEXT])[0]}; expected {CLIP_VOCAB_SIZE} and {_GOLDEN_IDS}. "
+                f"Its files are incomplete: give a folder with tokenizer.json, or with vocab.json and merges.txt"
+            )
+
+    def __call__(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Encode: start, at most 75 tokens, end. Longer prompts keep their first 76 ids and the end token."""
+        rows = self._tokenizer([clean(prompt) for prompt in prompts], truncation=False)["input_ids"]
+        return [row if len(row) <= CLIP_LENGTH else [*row[: CLIP_LENGTH - 1], CLIP_END] for row in rows]
+
+
+@lru_cache(maxsize=1)
+def _clip_from_package() -> Any:
+    from transformers import CLIPTokenizer
+
+    lines = gzip.decompress(BPE_FILE.read_bytes()).decode("utf-8").split("\n")
+    num_merges = CLIP_VOCAB_SIZE - 2 * 256 - 2
+    merges = [tuple(line.split()) for line in lines[1 : num_merges + 1]]
+    alphabet = _byte_alphabet()
+    pieces = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
+
+
+def _byte_alphabet() -> list[str]:
+    """One printable character for each byte: the byte itself where printable, else one from 256 upwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = 256 - len(printable)
+    return [chr(c) for c in printable] + [chr(256 + i) for i in range(others)]
+
+
+def _clip_from_folder(path: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    if not path.is_dir():
+        raise FileNotFoundError(f"no tokenizer folder {path}; leave it out to use the packaged CLIP vocabulary")
+    return CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
+
+
+class T5Tokenizer:
+    """Sentencepiece with T5's special ids: pad 0, end 1, unknown 2; no start token.
+
+    Args:
+        path: a `spiece.model` file or a folder that holds one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        path = Path(path)
+        file = path / "spiece.model" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"no sentencepiece model {file}; ours is made by `python scripts/train_tiny_encoders.py`"
+            )
+        self._bytes = file.read_bytes()
+        self._pieces = SentencePieceProcessor(model_proto=self._bytes)
+        special = (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id())
+        if special != (T5_PAD, T5_END, T5_UNKNOWN):
+            raise ValueError(f"{file} has pad, end, unknown ids {special}; T5 needs {(T5_PAD, T5_END, T5_UNKNOWN)}")
+
+    def __call__(self, prompts: Sequence[str], length: int) -> list[list[int]]:
+        """Encode and append the end token; longer prompts keep their first `length - 1` ids and the end token."""
+        # T5's own normalisation collapses white space; the rest of the text is taken as it is, case included.
+        rows = self._pieces.encode([" ".join(prompt.split()) for prompt in prompts])
+        return [[*row[: length - 1], T5_END] for row in rows]
+
+    def __len__(self) -> int:
+        return self._pieces.get_piece_size()
+
+    def id_to_piece(self, index: int) -> str:
+        """Return the piece of one id; word-initial pieces begin with U+2581."""
+        return self._pieces.id_to_piece(index)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the model file."""
+        return hashlib.sha256(self._bytes).hexdigest()
+
+
+def train_t5_pieces(sentences: Sequence[str], path: str | Path, size: int = 1000) -> None:
+    """Train a unigram model of at most `size` pieces on `sentences` and write it to `path`.
+
+    Source: Kudo 2018, arXiv:1804.10959. Deterministic: one thread, every sentence used.
+    """
+    import io
+
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        num_threads=1,
+        pad_id=T5_PAD,
+        eos_id=T5_END,
+        unk_id=T5_UNKNOWN,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    Path(path).write_bytes(model.getvalue())
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, length: int) -> Tensor:
+    """Stack id lists into int64 [B, length], filling up with `value`."""
+    out = torch.full((len(rows), length), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return out

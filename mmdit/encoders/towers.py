@@ -1,0 +1,160 @@
+"""The towers behind `encoders.text`: transformers modules, built from a config, a tiny file or a released folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.encoders.tokenizers import CLIP_VOCAB_SIZE, ClipTokenizer, T5Tokenizer
+
+ENCODERS = ("clip_l", "clip_g", "t5")
+FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}  # Hugging Face layout of SD3
+_TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
+
+
+class Tower(NamedTuple):
+    """One text encoder: a transformers module, and what its states are standardised with.
+
+    Attributes:
+        module: CLIPTextModel, CLIPTextModelWithProjection or T5EncoderModel.
+        state_mean, state_std: [width]; states become (state - mean) / std. Zeros and ones for released encoders.
+    """
+
+    module: nn.Module
+    state_mean: Tensor
+    state_std: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.state_mean.shape[0]
+
+
+def tower_states(module: nn.Module, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return what SD3 takes from one transformers module, before standardisation.
+
+    CLIP: penultimate hidden states without the final layer norm, and the state at the end token after it (projected
+    where the module has a projection). T5: last hidden states, None.
+
+    Args:
+        ids: [B, L].
+        mask: bool [B, L] for T5, None to attend to padding; CLIP needs none.
+    """
+    if _is_clip(module):
+        out = module(input_ids=ids, output_hidden_states=True)
+        pooled = out.text_embeds if hasattr(module, "text_projection") else out.pooler_output
+        return out.hidden_states[-2], pooled
+    # transformers builds an all-ones mask where none is given, which attends to padding as the releases do.
+    return module(input_ids=ids, attention_mask=None if mask is None else mask.long()).last_hidden_state, None
+
+
+def _is_clip(module: Any) -> bool:
+    return module.config.model_type.startswith("clip")
+
+
+def pooled_width(module: Any) -> int:
+    return int(module.config.projection_dim if hasattr(module, "text_projection") else module.config.hidden_size)
+
+
+def build_tower(name: str, config: Mapping[str, Any]) -> nn.Module:
+    """Build one transformers module with random weights; `name` is one of `ENCODERS`."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    if name == "t5":
+        return T5EncoderModel(T5Config(**config))
+    # CLIP-L is used unprojected: SD3's file carries an identity there.
+    return (CLIPTextModel if name == "clip_l" else CLIPTextModelWithProjection)(CLIPTextConfig(**config))
+
+
+def load_tiny(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Tower], dict[str, Any], int]:
+    from safetensors.torch import load_file
+
+    description = json.loads((folder / "text.json").read_text(encoding="utf-8"))
+    towers: dict[str, Tower] = {}
+    tokenizers: dict[str, Any] = {}
+    for name in ENCODERS:
+        module = build_tower(name, {**description["encoders"][name], **(overrides[name] or {})})
+        tensors = {key: value.float() for key, value in load_file(folder / f"{name}.safetensors").items()}
+        mean, std = tensors.pop("state_mean"), tensors.pop("state_std")
+        if name != "t5":
+            tensors[_TOKEN_TABLE] = expand_rows(tensors.pop("token_ids").long(), tensors.pop("token_rows"))
+        load_strictly(module, tensors, f"{folder / name}.safetensors")
+        towers[name] = Tower(module, mean, std)
+        tokenizers[name] = T5Tokenizer(folder) if name == "t5" else ClipTokenizer()
+    return towers, tokenizers, int(description["encoders"]["t5"]["d_model"])
+
+
+def expand_rows(token_ids: Tensor, token_rows: Tensor) -> Tensor:
+    """Rebuild CLIP's table of 49,408 rows: `token_rows[i]` for `token_ids[i]`, the last row for every other id."""
+    table = token_rows[-1:].repeat(CLIP_VOCAB_SIZE, 1)
+    table[token_ids] = token_rows[:-1]
+    return table
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load released names into a transformers module, with or without its `text_model.` prefix.
+
+    transformers 5.6 took that prefix from CLIPTextModel but left it on CLIPTextModelWithProjection; tied copies of
+    T5's table are filled in.
+
+    Raises:
+        ValueError: lists missing and unexpected names.
+    """
+    wanted = module.state_dict()
+    renamed = {}
+    for key, value in tensors.items():
+        short = key.removeprefix("text_model.")
+        renamed[next((k for k in (key, short, f"text_model.{short}") if k in wanted), key)] = value
+    if "shared.weight" in renamed and "encoder.embed_tokens.weight" in wanted:
+        renamed.setdefault("encoder.embed_tokens.weight", renamed["shared.weight"])
+    missing, unexpected = sorted(set(wanted) - set(renamed)), sorted(set(renamed) - set(wanted))
+    if missing or unexpected:
+        raise ValueError(f"{source} does not fit its config: missing {missing}, unexpected {unexpected}")
+    module.load_state_dict(renamed)
+
+
+def load_folders(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Tower], dict[str, Any], int]:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
+
+    classes = {"clip_l": CLIPTextModel, "clip_g": CLIPTextModelWithProjection, "t5": T5EncoderModel}
+    towers: dict[str, Tower] = {}
+    tokenizers: dict[str, Any] = {}
+    for name, sub in FOLDERS.items():
+        if not (folder / sub).is_dir():
+            continue
+        module = classes[name].from_pretrained(
+            str(folder / sub), dtype=torch.float32, local_files_only=True, **(overrides[name] or {})
+        )
+        width = module.config.d_model if name == "t5" else module.config.hidden_size
+        towers[name] = Tower(module, torch.zeros(width), torch.ones(width))
+        tokenizer_folder = folder / sub.replace("text_encoder", "tokenizer")
+        if name != "t5":
+            tokenizers[name] = ClipTokenizer(tokenizer_folder if tokenizer_folder.is_dir() else None)
+        elif (tokenizer_folder / "spiece.model").is_file():
+            tokenizers[name] = T5Tokenizer(tokenizer_folder)
+    return towers, tokenizers, towers["t5"].width if "t5" in towers else 4096
+
+
+def save_tower(folder: Path, name: str, tower: Tower, token_ids: Tensor | None = None) -> None:
+    """Write one tiny tower in fp16; CLIP towers keep the rows of `token_ids` and one shared row, their mean."""
+    from safetensors.torch import save_file
+
+    tensors = dict(tower.module.state_dict())
+    if name == "t5":
+        tensors.pop("encoder.embed_tokens.weight", None)  # tied to `shared.weight`; safetensors refuses the copy
+    else:
+        tensors = {f"text_model.{key}" if not key.startswith("text_") else key: value for key, value in tensors.items()}
+        table = tensors.pop(_TOKEN_TABLE)
+        assert token_ids is not None
+        rows = table[token_ids]
+        tensors["token_ids"] = token_ids.to(torch.int32)
+        tensors["token_rows"] = torch.cat([rows, rows.mean(dim=0, keepdim=True)])
+    tensors |= {"state_mean": tower.state_mean, "state_std": tower.state_std}
+    save_file(
+        {key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in tensors.items()},
+        folder / f"{name}.safetensors",
+    )
