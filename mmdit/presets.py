@@ -13,14 +13,49 @@ from typing import Any
 ENCODER_WIDTHS: dict[str, dict[str, int]] = {"tiny": {"context_dim": 256, "pooled_dim": 224}}
 VAE_WIDTHS: dict[str, dict[str, int]] = {"tiny": {"channels": 16, "factor": 8}}
 
+# Position tables, in patches a side: up to 512 pixels around a base of 64, and up to 1,024 around a base of 256.
 _SMALL_TABLE = {"pos_embed_max_size": 32, "pos_embed_base_size": 4}
+_TABLE = {"pos_embed_max_size": 64, "pos_embed_base_size": 16}
+_SD3 = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "context_dim": 4096,
+    "pooled_dim": 2048,
+    "pos_embed_base_size": 64,
+}
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "mmdit": {
-        "tiny": {"patch_size": 2, "depth": 6, "width": 256, "num_heads": 4, **_SMALL_TABLE},
+        "tiny": {"patch_size": 2, "depth": 5, "width": 240, "num_heads": 5, **_SMALL_TABLE},
+        "S": {"patch_size": 2, "depth": 8, "width": 384, "num_heads": 6, **_TABLE},
+        "B": {"patch_size": 2, "depth": 8, "width": 768, "num_heads": 12, **_TABLE},
+        "L": {"patch_size": 2, "depth": 17, "width": 1024, "num_heads": 16, **_TABLE},
+        "sd3_medium": {**_SD3, "depth": 24, "width": 1536, "num_heads": 24, "pos_embed_max_size": 192},
+        "sd3.5_medium": {
+            **_SD3,
+            "depth": 24,
+            "width": 1536,
+            "num_heads": 24,
+            "pos_embed_max_size": 384,
+            "qk_norm": "rms",
+            "dual_attention_layers": tuple(range(13)),
+        },
+        "sd3.5_large": {
+            **_SD3,
+            "depth": 38,
+            "width": 2432,
+            "num_heads": 38,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms",
+        },
     },
+    # Depths that give MMDiT's parameters at the same width: 25 D^2 a block here, 36 D^2 there less 13 D^2 in the last.
     "crossdit": {
-        "tiny": {"patch_size": 2, "depth": 8, "width": 256, "num_heads": 4, **_SMALL_TABLE},
+        "tiny": {"patch_size": 2, "depth": 6, "width": 256, "num_heads": 4, "mlp_ratio": 3.5, **_SMALL_TABLE},
+        "S": {"patch_size": 2, "depth": 11, "width": 384, "num_heads": 6, **_TABLE},
+        "B": {"patch_size": 2, "depth": 11, "width": 768, "num_heads": 12, **_TABLE},
+        "L": {"patch_size": 2, "depth": 24, "width": 1024, "num_heads": 16, **_TABLE},
     },
     "unet": {
         "tiny": {

@@ -1,0 +1,205 @@
+"""MMDiT: text and image as two token streams with weights of their own, which meet in every attention.
+
+Source: Esser et al. 2024, arXiv:2403.03206v1, figure 2. Two additions of the SD3.5 releases are switched by the
+config: RMS-normalised queries and keys (`qk_norm`), and blocks whose image stream has a second attention of its own
+(`dual_attention_layers`, "MMDiT-X"). Parameter names are those of the releases' single files; there `x` is the image
+stream and `y` the pooled text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit.config import MMDiTConfig
+from mmdit.denoiser import Conditioning, attention_records, check_inputs, skipped_layers
+from mmdit.models.layers import (
+    MLP, FinalLayer, Modulation, PatchEmbed, RMSNorm, VectorEmbedder, attention, attention_weights, initialize,
+    merge_heads, modulate, norm, split_heads, timestep_embedding, unpatchify,
+)  # fmt: skip
+from mmdit.models.posembed import crop_center, position_table
+
+
+class MMDiT(nn.Module):
+    """The multimodal diffusion transformer behind the door of `mmdit.denoiser`."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width)
+        self.t_embedder = VectorEmbedder(256, width)
+        self.y_embedder = VectorEmbedder(config.pooled_dim, width)
+        self.context_embedder = nn.Linear(config.context_dim, width)
+        self.joint_blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
+        self.final_layer = FinalLayer(width, config.patch_size, config.out_channels)
+        self.register_buffer(
+            "pos_embed", position_table(width, config.pos_embed_max_size, config.pos_embed_base_size)
+        )
+        initialize(self)
+
+    def forward(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Predict; shapes as in `mmdit.denoiser`: [B, C, H, W], [B] -> [B, C, H, W]."""
+        return self.run_blocks(latents, timestep, conditioning)
+
+    def run_blocks(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        residuals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Predict, adding `residuals` (each [B, N, D]) to the image stream after the blocks.
+
+        Fewer residuals than blocks are spread evenly, each serving several blocks in turn. The last block gets none:
+        it has no context output to share them with, and the releases' ControlNets were trained so.
+
+        Raises:
+            ValueError: the inputs do not fit this model; see `check_inputs`.
+        """
+        config, P = self.config, self.config.patch_size
+        check_inputs(
+            latents,
+            timestep,
+            conditioning,
+            in_channels=config.in_channels,
+            context_dim=config.context_dim,
+            pooled_dim=config.pooled_dim,
+            multiple=P,
+            max_size=config.pos_embed_max_size * P,
+        )
+        if conditioning.spatial is not None:
+            latents = torch.cat([latents, conditioning.spatial.to(latents.dtype)], dim=1)
+        rows, columns = latents.shape[2] // P, latents.shape[3] // P
+        skipped, records = skipped_layers(self), attention_records(self)
+
+        x = self.x_embedder(latents) + crop_center(self.pos_embed, rows, columns)  # [B, N, D]
+        context = self.context_embedder(conditioning.context)                      # [B, L, D]
+        c = self.t_embedder(timestep_embedding(timestep))                          # [B, D]
+        c = c + self.y_embedder(conditioning.pooled)
+        mask = joint_mask(conditioning.context_mask, x.shape[1])                   # [B, L + N]
+
+        for i, block in enumerate(self.joint_blocks):
+            if i not in skipped:
+                weights = None if records is None else records.setdefault(f"joint_blocks.{i}", [])
+                context, x = block(context, x, c, mask, weights)
+            if residuals and i < config.depth - 1:
+                x = x + residuals[i * len(residuals) // config.depth]
+
+        return unpatchify(self.final_layer(x, c), rows, P)                         # [B, C, H, W]
+
+    def unused_parameters(self) -> dict[str, str]:
+        """Name the parameters that get no gradient, or none in part, with the reason.
+
+        The weights of text queries in the last block are stored because the releases store them. No text leaves that
+        block, so its queries are never computed: rows [0, D) of `qkv` have zero gradient and `ln_q` is frozen.
+        """
+        attn = f"joint_blocks.{self.config.depth - 1}.context_block.attn"
+        names = [f"{attn}.qkv.weight", f"{attn}.qkv.bias"]
+        if self.config.qk_norm:
+            names.append(f"{attn}.ln_q.weight")
+        return dict.fromkeys(names, "no text leaves the last block, so its text queries (rows [0, D)) are not computed")
+
+
+def joint_mask(context_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
+    """Extend a text mask by the image tokens, which are always visible: bool [B, L] -> [B, L + N]."""
+    return None if context_mask is None else F.pad(context_mask, (0, num_image_tokens), value=True)
+
+
+class JointBlock(nn.Module):
+    """One block of the figure: each stream is modulated and projected by itself, both attend to both."""
+
+    def __init__(self, config: MMDiTConfig, index: int) -> None:
+        super().__init__()
+        self.last = index == config.depth - 1
+        self.context_block = StreamBlock(config, writes=not self.last)
+        self.x_block = StreamBlock(config, dual=index in config.dual_attention_layers)
+        if self.last and config.qk_norm:
+            self.context_block.attn.ln_q.requires_grad_(False)
+
+    def forward(
+        self, context: Tensor, x: Tensor, c: Tensor, mask: Tensor | None, weights: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the updated streams.
+
+        Args:
+            context, x: text [B, L, D] and image [B, N, D]; the last block returns `context` as it came.
+            c: time plus pooled text, [B, D].
+            mask: bool [B, L + N] or None.
+            weights: where given, what image queries read from text keys is appended, [B, A, N, L].
+        """
+        L = context.shape[1]
+        text_q, text_k, text_v, text_modulation = self.context_block.read(context, c)
+        q, k, v, modulation = self.x_block.read(x, c)
+
+        joint_k = torch.cat([text_k, k], dim=2)                          # [B, A, L + N, K]
+        joint_v = torch.cat([text_v, v], dim=2)
+        if weights is not None:
+            weights.append(attention_weights(q, joint_k, mask)[..., :L])
+
+        if text_q is None:
+            return context, self.x_block.write(x, attention(q, joint_k, joint_v, mask), modulation)
+        joint_q = torch.cat([text_q, q], dim=2)
+        mixed = attention(joint_q, joint_k, joint_v, mask)               # [B, A, L + N, K]
+        context = self.context_block.write(context, mixed[:, :, :L], text_modulation)
+        x = self.x_block.write(x, mixed[:, :, L:], modulation)
+        return context, x
+
+
+class StreamBlock(nn.Module):
+    """The weights one stream owns in a block, and the two halves of its work around the shared attention."""
+
+    def __init__(self, config: MMDiTConfig, writes: bool = True, dual: bool = False) -> None:
+        super().__init__()
+        self.attn = AttentionWeights(config, output=writes)
+        if dual:
+            self.attn2 = AttentionWeights(config)
+        if writes:
+            self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
+        self.writes, self.dual = writes, dual
+        self.adaLN_modulation = Modulation(config.width, 2 if not writes else 9 if dual else 6)
+
+    def read(self, x: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return q, k, v, each [B, A, L, K], and what `write` needs; q is None where nothing will be written."""
+        shift, scale, *rest = self.adaLN_modulation(c)
+        normed = norm(x)
+        q, k, v = self.attn.project(modulate(normed, shift, scale), queries=self.writes)
+        if self.dual:
+            *rest, shift2, scale2, gate2 = rest
+            own = attention(*self.attn2.project(modulate(normed, shift2, scale2)))
+            rest += [gate2 * self.attn2.proj(merge_heads(own))]           # added by `write`, after the joint attention
+        return q, k, v, tuple(rest)
+
+    def write(self, x: Tensor, mixed: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """Add the attention's result and the MLP to the stream: [B, L, D], [B, A, L, K] -> [B, L, D]."""
+        gate, mlp_shift, mlp_scale, mlp_gate, *own = modulation
+        x = torch.addcmul(x, gate, self.attn.proj(merge_heads(mixed)))
+        if own:
+            x = x + own[0]
+        return torch.addcmul(x, mlp_gate, self.mlp(modulate(norm(x), mlp_shift, mlp_scale)))
+
+
+class AttentionWeights(nn.Module):
+    """Projections to queries, keys and values, packed in this order, and the one back; the norms of q and k."""
+
+    def __init__(self, config: MMDiTConfig, output: bool = True) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        if output:
+            self.proj = nn.Linear(config.width, config.width)
+        normed = config.qk_norm == "rms"
+        self.ln_q = RMSNorm(config.width // config.num_heads) if normed else nn.Identity()
+        self.ln_k = RMSNorm(config.width // config.num_heads) if normed else nn.Identity()
+
+    def project(self, x: Tensor, queries: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
+        """[B, L, D] -> q, k, v, each [B, A, L, K]; without `queries` only the rows of k and v are computed."""
+        if not queries:
+            D = x.shape[-1]
+            k, v = split_heads(F.linear(x, self.qkv.weight[D:], self.qkv.bias[D:]), self.num_heads, 2)
+            return None, self.ln_k(k), v
+        q, k, v = split_heads(self.qkv(x), self.num_heads, 3)
+        return self.ln_q(q), self.ln_k(k), v
