@@ -252,6 +252,40 @@ class EncodersConfig(Config):
     dropout: CaptionDropoutConfig = CaptionDropoutConfig()
 
 
+class VAEConfig(Config):
+    """AutoencoderKL. Defaults: the VAE of SD3 and SD3.5. Source: Rombach et al. 2022, arXiv:2112.10752, and its shapes.
+
+    `latents = (mean - shift) * scale`: one number for all channels as in the releases (SD3 0.0609 / 1.5305, SD1
+    0 / 0.18215, SDXL 0 / 0.13025), or one per channel.
+    """
+
+    block_channels: tuple[PositiveInt, ...] = (128, 256, 512, 512)
+    num_res_blocks: PositiveInt = 2  # per stage of the encoder; the decoder has one more
+    latent_channels: PositiveInt = 16
+    use_quant_conv: bool = False  # 1x1 convolutions around the latents: SD1 and SDXL
+    mid_attention: bool = True
+    norm_groups: PositiveInt = 32
+    stem_patch: Literal[1, 2] = 1  # 2: the network begins with a pixel-unshuffle and ends with a pixel-shuffle
+    shift: float | tuple[float, ...] = 0.0609
+    scale: PositiveFloat | tuple[PositiveFloat, ...] = 1.5305
+    clamp: bool = False  # decoded pixels to [-1, 1]; the releases leave that to whoever writes the picture
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along one side."""
+        return self.stem_patch * 2 ** (len(self.block_channels) - 1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> VAEConfig:
+        for channels in self.block_channels:
+            if channels % self.norm_groups:
+                raise ValueError(f"block_channels has {channels}, not a multiple of norm_groups={self.norm_groups}")
+        for name, value in (("shift", self.shift), ("scale", self.scale)):
+            if isinstance(value, tuple) and len(value) != self.latent_channels:
+                raise ValueError(f"{name} has {len(value)} numbers for {self.latent_channels} latent channels")
+        return self
+
+
 # --- data -------------------------------------------------------------------------------------------------------
 
 
