@@ -438,7 +438,7 @@ def load_text_encoders(
         default = "attend"
     else:
         raise FileNotFoundError(
-            f"no text encoders at {folder}: expected text.json (`python scripts/train_tiny_encoders.py` makes it) or the "
+            f"no text encoders at {folder}: expected text.json (`scripts/train_tiny_encoders.py` makes ours) or the "
             f"folders {', '.join(FOLDERS.values())}"
         )
     return TextEncoders(towers, tokenizers, context_dim=context_dim, t5_length=t5_length, padding=padding or default)
