@@ -280,7 +280,12 @@ def _grid(random: np.random.Generator, radii: Sequence[float], relation: str | N
         centres = [(lines[0], across), (lines[2], across)]
         return centres if relation == "left" else [(y, x) for x, y in centres]
     cells = random.permutation(9)[: len(radii)].tolist()
-    return [(lines[cell % 3], lines[cell // 3]) for cell in cells]
+    shake = random.uniform(-1, 1, (len(radii), 2)).tolist()
+    room = [SIZES["large"][1] - radius for radius in radii]
+    return [
+        (_quarter(lines[cell % 3] + r * u), _quarter(lines[cell // 3] + r * v))
+        for cell, r, (u, v) in zip(cells, room, shake, strict=True)
+    ]
 
 
 @lru_cache(maxsize=16_384)
