@@ -1,0 +1,52 @@
+"""CLIP-score and retrieval on embeddings with known angles."""
+
+import numpy as np
+import pytest
+from mmdit_eval import clip_score, retrieval_at_1
+from mmdit_eval.clip_score import clip_scores
+from mmdit_eval.retrieval import retrieval_hits
+
+
+def test_equal_directions_score_a_hundred_whatever_their_length():
+    a = np.random.default_rng(0).normal(size=(7, 5))
+    assert clip_score(a, 3.0 * a) == pytest.approx(100.0, rel=1e-12)
+
+
+def test_a_known_angle_and_a_negative_one():
+    image = np.array([[1.0, 0.0], [1.0, 0.0]])
+    text = np.array([[1.0, 1.0], [-1.0, 0.2]])
+    assert clip_scores(image, text) == pytest.approx([100 / np.sqrt(2), 0.0])
+    assert clip_score(image, text) == pytest.approx(50 / np.sqrt(2))
+
+
+def test_embeddings_that_do_not_pair_are_refused():
+    a = np.ones((3, 4))
+    with pytest.raises(ValueError, match="one N"):
+        clip_score(a, a[:2])
+    with pytest.raises(ValueError, match="length zero"):
+        clip_score(a, np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="not finite"):
+        clip_score(a * np.nan, a)
+
+
+def test_retrieval_of_identical_pairs_is_perfect_and_of_shifted_pairs_fails():
+    a = np.eye(8)
+    assert retrieval_at_1(a, a, group_size=4) == 1.0
+    assert retrieval_at_1(a, np.roll(a, 1, axis=0), group_size=8) == 0.0
+
+
+def test_a_tie_is_a_miss_and_a_lone_candidate_a_hit():
+    same = np.ones((2, 3))
+    assert not retrieval_hits(same, same, [0, 1], [[0, 1], [0, 1]]).any()
+    assert retrieval_hits(same, same, [0, 1], [[0], [1]]).all()
+
+
+def test_retrieval_at_random_is_chance():
+    random = np.random.default_rng(0)
+    queries, candidates = random.normal(size=(2000, 16)), random.normal(size=(2000, 16))
+    assert retrieval_at_1(queries, candidates, group_size=10) == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_set_without_its_truth_is_refused():
+    with pytest.raises(ValueError, match="does not contain"):
+        retrieval_hits(np.eye(2), np.eye(2), [0, 1], [[1], [1]])
