@@ -496,7 +496,9 @@ def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool
         if key in seen:
             raise ConfigError(f"{key_node.start_mark}: the key {key!r} stands twice; remove one")
         seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+    # YAML reads the bare key `null` (encoders.null) as None
+    mapping = yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+    return {"null" if key is None else key: value for key, value in mapping.items()}
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)

@@ -1,0 +1,312 @@
+"""Our own checkpoints: a folder of safetensors, JSON and YAML, checksummed, and either whole or not there.
+
+    runs/<...>/checkpoints/<images_seen, 12 digits>/
+        model.safetensors  ema.safetensors  optimizer.safetensors   state.json   config.yaml   manifest.json
+
+A checkpoint is written into a temporary folder beside its place, every file is fsynced, the manifest (size and
+SHA-256 of each file) comes last, then one rename makes it visible. Old ones are pruned only after the new one has
+been read back and verified. Loading verifies first: safetensors itself does not notice a flipped bit (164 of 167
+flips loaded silently, results/ and the facts behind this design). Nothing here pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmdit.config import ConfigError, RunConfig, resolve, to_yaml
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+CONFIG = "config.yaml"
+_TEMPORARY = ".tmp-"
+_ASIDE = ".old-"
+_CHUNK = 1 << 20
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used or written: which, why, and what to do next."""
+
+    def __init__(self, path: str | Path, reason: str, next_step: str) -> None:
+        super().__init__(f"checkpoint {path}: {reason}. {next_step}")
+        self.path, self.reason, self.next_step = Path(path), reason, next_step
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved: `tensors` is {file stem: {name: tensor}}, `state` the counters, `config` the run's config."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    config: RunConfig
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    images_seen: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    config: RunConfig,
+) -> Path:
+    """Write one checkpoint, all or nothing, and read it back.
+
+    Args:
+        run_dir: the run's folder.
+        images_seen: names the folder.
+        tensors: {file stem: {name: tensor}}; moved to the CPU and made contiguous here.
+        state: JSON types; `images_seen` is added.
+        config: the run's config; makes the checkpoint usable alone.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        CheckpointError: the disk is full or refuses, or what was read back is not what was written.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    path = folder / f"{images_seen:012d}"
+    temporary = folder / f"{_TEMPORARY}{images_seen:012d}-{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir(parents=True)
+        for stem, table in tensors.items():
+            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in table.items()}
+            save_file(contiguous, temporary / f"{stem}.safetensors")
+        _write(temporary / STATE, json.dumps({**state, "images_seen": images_seen}, indent=1, sort_keys=True))
+        _write(temporary / CONFIG, to_yaml(config))
+        files = sorted(p for p in temporary.iterdir())
+        for file in files:
+            _sync(file)
+        _write(temporary / MANIFEST, _manifest_text({p.name: _fingerprint(p) for p in files}))
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
+        _put_in_place(temporary, path)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            path,
+            f"could not be written ({error})",
+            "Free disk space or choose another run folder; the checkpoints before it are untouched",
+        ) from error
+    verify_checkpoint(path)
+    return path
+
+
+def load_checkpoint(path: str | Path, stems: Iterable[str] | None = None) -> Checkpoint:
+    """Verify a checkpoint against its manifest and read it.
+
+    Args:
+        path: folder of one checkpoint.
+        stems: which tensor files to read, by default all; verification always covers all.
+
+    Raises:
+        CheckpointError: anything missing, changed or unreadable.
+    """
+    path = Path(path)
+    files = verify_checkpoint(path)
+    present = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
+    wanted = present if stems is None else list(stems)
+    missing = [stem for stem in wanted if stem not in present]
+    if missing:
+        raise CheckpointError(path, f"holds no {', '.join(missing)}", f"It holds {', '.join(present)}")
+    try:
+        tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in wanted}
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        config = resolve(yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")), source=str(path / CONFIG))
+    except (OSError, SafetensorError, ValueError, TypeError, yaml.YAMLError) as error:
+        hint = (
+            "It was written by another version of this project; use that one"
+            if isinstance(error, ConfigError)
+            else _HINT
+        )
+        raise CheckpointError(path, f"cannot be read ({type(error).__name__}: {error})", hint) from error
+    return Checkpoint(path, tensors, state, config)
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Return the counters of a checkpoint without reading its tensors; the manifest is verified all the same."""
+    return load_checkpoint(path, stems=()).state
+
+
+def verify_checkpoint(path: str | Path) -> list[str]:
+    """Compare every file with the manifest and return their names.
+
+    Raises:
+        CheckpointError: no manifest, a file missing, truncated, grown or changed, or a manifest that was edited.
+    """
+    path = Path(path)
+    manifest = path / MANIFEST
+    if not path.is_dir():
+        raise CheckpointError(path, "does not exist", "See the run's checkpoints/ for those there are")
+    if not manifest.is_file():
+        raise CheckpointError(path, f"has no {MANIFEST}: it was never finished", _HINT)
+    try:
+        text = manifest.read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        # our own spelling, byte for byte: so an edit that JSON would forgive (a duplicate key) shows as well
+        if _manifest_text(files) != text:
+            raise ValueError("it is not as it was written")
+        entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(path, f"has a damaged {MANIFEST} ({error})", _HINT) from error
+    for name, (size, digest) in entries.items():
+        file = path / name
+        if Path(name).name != name or file.is_symlink() or not file.is_file():
+            raise CheckpointError(path, f"lacks its file {name!r}", _HINT)
+        if file.stat().st_size != size:
+            raise CheckpointError(path, f"{name} has {file.stat().st_size} bytes, written were {size}", _HINT)
+        if _sha256(file) != digest:
+            raise CheckpointError(path, f"{name} has changed since it was written (SHA-256 differs)", _HINT)
+    for name in (STATE, CONFIG):
+        if name not in entries:
+            raise CheckpointError(path, f"lacks its file {name!r}", _HINT)
+    return list(entries)
+
+
+def list_checkpoints(run_dir: str | Path) -> list[Path]:
+    """Return the checkpoint folders of a run, oldest first, unverified."""
+    folder = Path(run_dir) / "checkpoints"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p for p in found if p.is_dir() and re.fullmatch(r"\d{12}", p.name))
+
+
+def latest_checkpoint(run_dir: str | Path, report: Callable[[str], None] | None = None) -> Path | None:
+    """Return the newest checkpoint that verifies; damaged ones are passed over and named to `report`."""
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            if report is not None:
+                report(f"passed over: {error}")
+            continue
+        return path
+    return None
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint meant by `path`: itself, or the newest verified one of a run folder.
+
+    Raises:
+        FileNotFoundError: no such run; the message lists the runs there are.
+        CheckpointError: the run has no checkpoint that verifies.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    if not path.is_dir():
+        runs = list_runs(path.parent) or list_runs("runs")
+        there = f"runs found: {', '.join(map(str, runs))}" if runs else "no runs found; train one with scripts/train.py"
+        raise FileNotFoundError(f"no run {path}; {there}")
+    problems: list[str] = []
+    latest = latest_checkpoint(path, problems.append)
+    if latest is None:
+        if problems:
+            raise CheckpointError(path, "no checkpoint of this run verifies", "\n".join(problems))
+        raise CheckpointError(
+            path,
+            "no checkpoint has been written yet",
+            f"Go on training: python scripts/train.py {path / CONFIG} --out {path}",
+        )
+    return latest
+
+
+def list_runs(folder: str | Path) -> list[Path]:
+    """Return the run folders below `folder` (those with a config.yaml and checkpoints), at most three levels deep."""
+    folder = Path(folder)
+    found = (c.parent for depth in ("*", "*/*", "*/*/*") for c in folder.glob(f"{depth}/checkpoints"))
+    return sorted(run for run in found if (run / CONFIG).is_file())
+
+
+def prune_checkpoints(run_dir: str | Path, keep: int, kept: Callable[[int], bool] = lambda images_seen: False) -> None:
+    """Remove all but the newest `keep`; those for which `kept(images_seen)` holds stay whatever their age.
+
+    Call it after the newest has been verified.
+    """
+    for path in list_checkpoints(run_dir)[:-keep]:
+        if not kept(int(path.name)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sweep_temporaries(run_dir: str | Path) -> int:
+    """Remove what an interrupted save has left; return how many. Only for the process that owns the run."""
+    folder = Path(run_dir) / "checkpoints"
+    swept = 0
+    for path in folder.glob(f"{_ASIDE}*") if folder.is_dir() else ():
+        whole = folder / path.name.removeprefix(_ASIDE).partition("-")[0]
+        if not whole.exists():  # killed between the two renames of a replacement: the old one is still the good one
+            path.rename(whole)
+    for path in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_ASIDE}*")] if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+        swept += 1
+    return swept
+
+
+def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Return a module's state dict for `save_checkpoint`.
+
+    Raises:
+        ValueError: a tensor holds NaN or Inf; such a state must never replace a good checkpoint.
+    """
+    state = module.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds non-finite numbers; the checkpoint is not written")
+    return state
+
+
+_HINT = "Use an earlier checkpoint of the run (training resumes from the newest whole one by itself) or train again"
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename; a folder of the same name (the same images_seen, saved again) is moved aside first."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    aside = path.with_name(f"{_ASIDE}{path.name}-{uuid.uuid4().hex[:8]}")
+    path.rename(aside)
+    temporary.rename(path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _manifest_text(files: Mapping[str, Any]) -> str:
+    return json.dumps({"files": dict(files)}, indent=1, sort_keys=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Push a file or a folder's entries to the disk; without it a power loss leaves empty files under good names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

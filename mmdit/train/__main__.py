@@ -1,0 +1,100 @@
+"""`python -m mmdit.train CONFIG [--out DIR] [--dry-run] [--train.lr 2e-4 ...]`: one run from the command line.
+
+The config is read before torch is imported, so a typo is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mmdit.config import ConfigError, load_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Train one run. Any field of the config can be set as well: --train.lr 2e-4 --model.name unet --seed 1."""
+
+    config: Annotated[Path, tyro.conf.Positional]
+    """YAML file of the run."""
+    out: Path | None = None
+    """Run folder; default runs/<name>-s<seed>."""
+    cache: Path | None = None
+    """Folder for latents and text states, shared between runs; default <run>/cache."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint; never: refuse a folder that has one."""
+    dry_run: bool = False
+    """Print parameters, FLOPs, tokens, steps and memory, and stop."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell the script's own words from config overrides: own flags are those of `Arguments`, all others override."""
+    fields = {f"--{field.name.replace('_', '-')}": field for field in dataclasses.fields(Arguments)}
+    own, overrides, queue = [], [], list(words)
+    while queue:
+        word = queue.pop(0)
+        flag = word.partition("=")[0].replace("_", "-")
+        if not word.startswith("--") and not ("=" in word and "." in word.partition("=")[0] and "/" not in word):
+            own.append(word)
+        elif flag in ("--help", *fields) or flag.replace("--no-", "--") in ("--dry-run", "--quiet"):
+            own.append(word)
+            takes_value = flag in fields and fields[flag].type != "bool" and "=" not in word
+            own += [queue.pop(0)] if takes_value and queue else []
+        else:
+            overrides.append(word)
+            if word.startswith("--") and "=" not in word and queue and not queue[0].startswith("--"):
+                overrides.append(queue.pop(0))
+    return own, overrides
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0 done, 2 wrong config, 1 diverged, 3 checkpoint, 75 interrupted."""
+    own, overrides = split_overrides(sys.argv[1:] if words is None else words)
+    arguments = tyro.cli(Arguments, args=own, prog="train")
+    if arguments.cache is not None:
+        overrides += ["--train.cache_dir", str(arguments.cache)]
+    try:
+        config = load_config(arguments.config, overrides)
+    except (ConfigError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    run_dir = arguments.out or Path("runs") / f"{config.name}-s{config.seed}"
+
+    from mmdit.checkpoint import CheckpointError  # torch from here on
+
+    if arguments.dry_run:
+        from mmdit.train.estimate import describe
+
+        print(describe(config))
+        return 0
+    from mmdit.train.step import NonFiniteLossError
+    from mmdit.train.trainer import EXIT_INTERRUPTED, train
+
+    try:
+        result = train(config, run_dir, arguments.resume, progress=not arguments.quiet)
+    except (ConfigError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 3
+    if not result.complete:
+        again = " ".join(["python scripts/train.py", *(sys.argv[1:] if words is None else words)])
+        print(f"saved {result.checkpoint}\ngo on with: {again}")
+        return EXIT_INTERRUPTED
+    print(f"done: {result.images_seen:,} images in {result.seconds:,.0f} s of training; {result.checkpoint}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
