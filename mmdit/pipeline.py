@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mmdit import rng
 from mmdit.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
@@ -28,7 +30,7 @@ from mmdit.diffusion import Schedule, build_schedule
 from mmdit.encoders.text import TextEncoders, apply_padding, load_text_encoders
 from mmdit.encoders.vae import AutoencoderKL, load_vae, to_images
 from mmdit.models import build_denoiser
-from mmdit.registry import lookup
+from mmdit.registry import lookup, unknown
 from mmdit.sampling import GRIDS, SAMPLERS, guided_denoise, sampler_options
 
 WEIGHTS = {"ema": "ema", "raw": "model"}  # which file of a checkpoint
@@ -282,7 +284,8 @@ class TextToImage:
         if height < 1 or width < 1 or height % self.grain or width % self.grain:
             near = [max(self.grain, round(side / self.grain) * self.grain) for side in (height, width)]
             raise ValueError(
-                f"image size {height}x{width} is not a multiple of {self.grain} pixels; the nearest is {near[0]}x{near[1]}"
+                f"image size {height}x{width} is not a multiple of {self.grain} pixels; "
+                f"the nearest is {near[0]}x{near[1]}"
             )
         return height, width
 
@@ -290,6 +293,49 @@ class TextToImage:
         """Return what decides a picture, for its metadata: the run's sampling with `options` laid over it."""
         given = {key: value for key, value in options.items() if value is not None}
         return {**self.sampling.model_dump(), "precision": self.precision, **self.provenance, **given}
+
+
+def sample_to_folder(
+    run: Path,
+    prompt: Sequence[str],
+    negative: str | None = None,
+    seed: int = 0,
+    num_images: int = 1,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    size: int | None = None,
+    weights: str = "ema",
+    out: Path = Path("samples"),
+) -> int:
+    """Draw `num_images` images of each prompt into a folder, settings in each PNG: what scripts/sample.py does.
+
+    Returns:
+        Exit code: 0; 2 for a run, name or size that is not there (the message is on stderr); 3 for a bad checkpoint.
+    """
+    if sampler is not None and sampler not in SAMPLERS:  # before anything is loaded
+        print(unknown("sampler", sampler, SAMPLERS), file=sys.stderr)
+        return 2
+    try:
+        configure_cpu()
+        pipeline = TextToImage.load(run, weights)
+        prompts = [text for text in prompt for _ in range(num_images)]
+        options = {"seed": seed, "num_steps": steps, "sampler": sampler, "guidance_scale": guidance, "size": size}
+        with tqdm(total=len(prompts), unit=" images") as bar:
+            images = pipeline(prompts, negative, progress=bar.update, **options)
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 3
+    for index, (text, image) in enumerate(zip(prompts, images, strict=True)):
+        settings = pipeline.settings(prompt=text, negative_prompt=negative, index=index, **options)
+        save_image(image, out / f"{index:05d}.png", settings)
+    if len(images) > 1:
+        save_image(image_grid(images), out / "grid.png", pipeline.settings(prompts=list(prompt), **options))
+    print(f"{len(images)} image(s) in {out}")
+    return 0
 
 
 def load_encoders(

@@ -1,6 +1,6 @@
 """Latents and text states computed once, and the live path that gives the same batches.
 
-    source = precompute(dataset, vae, text, config.encoders, cache_dir=...)      # or LiveBatches(dataset, vae, text, ...)
+    source = precompute(dataset, vae, text, config.encoders, cache_dir=...)  # or LiveBatches(...)
     latents, conditioning = source.batch(indices)
 
 Encoding every step would cost 7 to 9 times the training step of a small denoiser. A cache holds the latents of each
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -298,8 +297,3 @@ def _encode_captions(captions: list[str], text: TextEncoders, padding: str, allo
             arrays[f"{name}.states"][rows, : stop - start] = encoded.context[:, start:stop, :width].half().numpy()
         if encoded.pooled is not None:
             arrays["pooled"][rows] = encoded.pooled.half().numpy()
-
-
-def cache_root(configured: Path | None, run_dir: Path) -> Path:
-    """Return where a run keeps its caches: `train.cache_dir`, or the folder `cache` of the run."""
-    return configured if configured is not None else Path(os.path.join(run_dir, "cache"))

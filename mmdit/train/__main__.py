@@ -30,8 +30,13 @@ class Arguments:
     """auto: go on from the newest checkpoint; never: refuse a folder that has one."""
     dry_run: bool = False
     """Print parameters, FLOPs, tokens, steps and memory, and stop."""
+    cache_only: bool = False
+    """Encode the data into --cache and stop."""
     quiet: bool = False
     """No progress bar."""
+
+
+_SWITCHES = ("--dry-run", "--cache-only", "--quiet")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -43,9 +48,9 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
         flag = word.partition("=")[0].replace("_", "-")
         if not word.startswith("--") and not ("=" in word and "." in word.partition("=")[0] and "/" not in word):
             own.append(word)
-        elif flag in ("--help", *fields) or flag.replace("--no-", "--") in ("--dry-run", "--quiet"):
+        elif flag in ("--help", *fields) or flag.replace("--no-", "--") in _SWITCHES:
             own.append(word)
-            takes_value = flag in fields and fields[flag].type != "bool" and "=" not in word
+            takes_value = flag in fields and flag not in _SWITCHES and "=" not in word
             own += [queue.pop(0)] if takes_value and queue else []
         else:
             overrides.append(word)
@@ -73,6 +78,11 @@ def main(words: Sequence[str] | None = None) -> int:
         from mmdit.train.estimate import describe
 
         print(describe(config))
+        return 0
+    if arguments.cache_only:
+        from mmdit.train.trainer import build_sources
+
+        build_sources(config, run_dir, progress=not arguments.quiet)
         return 0
     from mmdit.train.step import NonFiniteLossError
     from mmdit.train.trainer import EXIT_INTERRUPTED, train

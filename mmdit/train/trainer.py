@@ -37,7 +37,7 @@ from mmdit.checkpoint import (
 )
 from mmdit.config import ConfigError, RunConfig, differences, load_config, to_tree, to_yaml
 from mmdit.data import make_dataset
-from mmdit.data.cache import LiveBatches, cache_root, precompute
+from mmdit.data.cache import LiveBatches, precompute
 from mmdit.denoiser import unwrap
 from mmdit.diffusion import Schedule, build_schedule, equidistant_levels, loss_by_level
 from mmdit.encoders.text import TextEncoders
@@ -247,39 +247,50 @@ def open_run(config: RunConfig, run_dir: Path, resume: str, main: bool) -> Check
     return checkpoint
 
 
-def build_run(config: RunConfig, run_dir: Path, accelerator: Accelerator, progress: bool) -> Run:
-    """Load encoders, data and caches, build denoiser, optimizer and EMA; the same seed gives the same parameters."""
+class Sources(NamedTuple):
+    """Frozen encoders, and what they made of the data."""
+
+    vae: AutoencoderKL
+    text: TextEncoders
+    train: Any
+    validation: Any
+    prompts: list[str]
+
+
+def build_sources(
+    config: RunConfig, run_dir: Path, device: torch.device | str = "cpu", progress: bool = True
+) -> Sources:
+    """Load encoders and data; encode them once where `train.precompute` says so."""
     vae, text = load_encoders(config)
+    vae, text = vae.to(device), text.to(device)
+    train, precision = config.train, config.train.precision
     datasets = {split: make_dataset(config.data, split) for split in ("train", "val")}
-    vae, text = vae.to(accelerator.device), text.to(accelerator.device)
-    sources: dict[str, Any] = {}
+    made: dict[str, Any] = {}
+    for split, dataset in datasets.items():
+        count = train.val_images if split == "val" else None
+        if train.precompute:
+            made[split] = precompute(
+                dataset, vae, text, config.encoders, cache_dir=train.cache_dir or run_dir / "cache", count=count,
+                precision=precision, progress=progress, label=f"encoding {split}",
+            )  # fmt: skip
+        else:
+            made[split] = LiveBatches(dataset, vae, text, config.encoders, precision=precision, count=count)
+    first = np.arange(min(SAMPLE_PROMPTS, len(datasets["val"])))
+    prompts = list(train.sample_prompts) or datasets["val"].captions(first)
+    return Sources(vae, text, made["train"], made["val"], prompts)
+
+
+def build_run(config: RunConfig, run_dir: Path, accelerator: Accelerator, progress: bool) -> Run:
+    """Load the data, build denoiser, optimizer and EMA; the same seed gives the same parameters."""
     with accelerator.main_process_first():  # one process encodes, the others then find its cache
-        for split, dataset in datasets.items():
-            count = min(config.train.val_images, len(dataset)) if split == "val" else None
-            if config.train.precompute:
-                sources[split] = precompute(
-                    dataset, vae, text, config.encoders, cache_dir=cache_root(config.train.cache_dir, run_dir),
-                    count=count, precision=config.train.precision, progress=progress, label=f"encoding {split}",
-                )  # fmt: skip
-            else:
-                sources[split] = LiveBatches(
-                    dataset, vae, text, config.encoders, precision=config.train.precision, count=count
-                )
-    denoiser = build_seeded(config)
+        sources = build_sources(config, run_dir, accelerator.device, progress)
+    denoiser = build_seeded(config).to(accelerator.device)
     if config.train.compile:
         denoiser.compile()
-    denoiser = denoiser.to(accelerator.device)
     ema = EMA(denoiser, config.train.ema_decay)
-    optimizer = build_optimizer(denoiser, config.train)
-    prepared, optimizer = accelerator.prepare(denoiser, optimizer)
-    prompts = list(config.train.sample_prompts) or datasets["val"].captions(
-        np.arange(min(SAMPLE_PROMPTS, len(datasets["val"])))
-    )
+    prepared, optimizer = accelerator.prepare(denoiser, build_optimizer(denoiser, config.train))
     schedule = build_schedule(config.diffusion.schedule)
-    return Run(
-        config, run_dir, accelerator, prepared, optimizer, ema, schedule, vae, text, sources["train"], sources["val"],
-        prompts,
-    )  # fmt: skip
+    return Run(config, run_dir, accelerator, prepared, optimizer, ema, schedule, *sources)
 
 
 def build_seeded(config: RunConfig) -> nn.Module:
