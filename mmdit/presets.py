@@ -57,6 +57,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "B": {"patch_size": 2, "depth": 11, "width": 768, "num_heads": 12, **_TABLE},
         "L": {"patch_size": 2, "depth": 24, "width": 1024, "num_heads": 16, **_TABLE},
     },
+    # Depths a stage beside text at every level in `tiny`; ff_mult is what brings the parameters to MMDiT's.
     "unet": {
         "tiny": {
             "model_channels": 64,
@@ -65,6 +66,30 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "transformer_depth": (1, 1, 1),
             "head_dim": 64,
             "linear_projection": True,
+            "ff_mult": 1.5,
+        },
+        "sd1.5": {
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 320,
+            "channel_mult": (1, 2, 4, 4),
+            "num_res_blocks": 2,
+            "transformer_depth": (1, 1, 1, 0),
+            "num_heads": 8,
+            "context_dim": 768,
+            "pooled_dim": None,
+        },
+        "sdxl": {
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 320,
+            "channel_mult": (1, 2, 4),
+            "num_res_blocks": 2,
+            "transformer_depth": (0, 2, 10),
+            "middle_transformer_depth": 10,
+            "linear_projection": True,
+            "context_dim": 2048,
+            "pooled_dim": 2816,
         },
     },
 }

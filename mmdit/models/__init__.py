@@ -8,9 +8,10 @@ from torch import nn
 
 from mmdit.models.crossdit import CrossDiT
 from mmdit.models.mmdit import MMDiT
+from mmdit.models.unet import UNet
 from mmdit.registry import lookup
 
-BACKBONES: dict[str, Any] = {"mmdit": MMDiT, "crossdit": CrossDiT}
+BACKBONES: dict[str, Any] = {"mmdit": MMDiT, "crossdit": CrossDiT, "unet": UNet}
 
 
 def build_denoiser(config: Any) -> nn.Module:
@@ -24,4 +25,4 @@ def build_denoiser(config: Any) -> nn.Module:
     return lookup(BACKBONES, config.name, "backbone")(config)
 
 
-__all__ = ["BACKBONES", "CrossDiT", "MMDiT", "build_denoiser"]
+__all__ = ["BACKBONES", "CrossDiT", "MMDiT", "UNet", "build_denoiser"]
