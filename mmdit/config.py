@@ -320,7 +320,6 @@ class ImagesConfig(Config):
     resolution: PositiveInt = 256
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
     on_error: Literal["fail", "skip"] = "fail"  # corrupt image or empty caption
-    streaming: bool = False
 
 
 DataConfig = Annotated[ShapesConfig | EmojiConfig | ImagesConfig, Field(discriminator="name")]

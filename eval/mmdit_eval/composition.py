@@ -188,11 +188,12 @@ def _assign(found: Sequence[ReadObject], scene: Scene) -> dict[int, ReadObject]:
         return {}
     if scene.relation is not None and len(found) >= 2:
 
-        def cost(chosen: tuple[ReadObject, ...]) -> tuple[float, bool]:
+        def cost(chosen: Sequence[ReadObject]) -> tuple[float, bool]:
             total = sum(_mistakes(item, scene, slot) for slot, item in enumerate(chosen))
             return total, not _stands(chosen[0], chosen[1], str(scene.relation))
 
-        return dict(enumerate(min(itertools.permutations(found, 2), key=cost)))
+        best = min(itertools.permutations(found, 2), key=cost)
+        return {0: best[0], 1: best[1]}
     costs = np.array([[_mistakes(item, scene, slot) for item in found] for slot in slots])
     rows, columns = linear_sum_assignment(costs)
     return {int(row): found[int(column)] for row, column in zip(rows, columns, strict=True)}

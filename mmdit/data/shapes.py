@@ -178,7 +178,7 @@ def draw_scene(seed: int, index: int, split: str, max_objects: int = 2) -> Scene
         looks = [first, second]
     else:
         groups = int(random.integers(2, 4)) if kind == "list" else 1
-        total = {"single": 1, "count": int(random.integers(2, max_objects + 1))}.get(kind, 0)
+        total = {"single": 1, "count": int(random.integers(2, max(max_objects, 2) + 1))}.get(kind, 0)
         if kind == "list":
             total = int(random.integers(max(3, groups), max_objects + 1))
         distinct: list[tuple[str, str]] = []

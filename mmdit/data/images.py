@@ -1,0 +1,293 @@
+"""Pictures with captions from any `datasets` source: folder, parquet, saved data set, hub name.
+
+Every item is decoded once when the data set is built, so that a bad file stops the run before its first step (or is
+left out and counted), not in the middle of a night. Pillow decodes; colour profiles are ignored; of an animation the
+first frame counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmdit.config import ImagesConfig
+from mmdit.registry import unknown
+
+SPLITS = ("train", "val", "seen")
+MAX_PIXELS = 64_000_000  # a picture of more is taken for a decompression bomb
+
+# what Pillow may open: its other decoders start programs or read formats nobody trains on
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
+_LISTED = 20  # bad items an error names
+_LOG = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Items of a data set cannot be used; the message lists them."""
+
+
+# --- one picture ------------------------------------------------------------------------------------------------
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode one picture: upright, RGB, transparency on white, 16-bit grey scaled by 1/257.
+
+    Raises:
+        ValueError: not a picture, truncated, too large, or of a mode whose range is unknown.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}")
+        picture.load()
+        return to_rgb(ImageOps.exif_transpose(picture))
+    except Image.UnidentifiedImageError:
+        start = f"begins with {data[:8]!r}" if data else "empty"
+        raise ValueError(f"not a picture ({start})") from None
+    # Pillow's decoders raise any of these on broken files
+    except (OSError, SyntaxError, EOFError, IndexError, TypeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to RGB, transparent parts on white."""
+    if picture.mode.startswith("I;16"):  # convert("RGB") would saturate nearly every pixel
+        grey = np.asarray(picture).astype(np.float64) / 257
+        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"mode {picture.mode}: numbers without a known range; save it with 8 or 16 bits")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def square(picture: Image.Image, resolution: int) -> np.ndarray:
+    """Cut the middle square out and resize it, antialiased: uint8 [R, R, 3]."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    box = (left, top, left + side, top + side)
+    # Pillow's Lanczos widens its kernel when it shrinks a picture; without that, aliasing reaches 147 of 255
+    return np.asarray(picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box))
+
+
+# --- sources ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A source: how many rows, and how to get one: (name, image bytes, caption); ValueError for a bad one."""
+
+    length: int
+    read: Callable[[int], tuple[str, bytes, str]]
+    name: Callable[[int], str]
+
+
+def _open(config: ImagesConfig) -> _Rows:
+    path = Path(config.source).expanduser()
+    tables = ("*.parquet", "*.arrow", "metadata.*")
+    if path.is_dir() and not any(file for pattern in tables for file in path.rglob(pattern)):
+        return _open_sidecars(path)
+    table = _load(config, path)
+    for column in (config.image_column, config.caption_column):
+        if column not in table.column_names:
+            raise ValueError(f"{config.source}: {unknown('column', column, table.column_names)}")
+    import datasets
+
+    if isinstance(table.features[config.image_column], datasets.Image):
+        table = table.cast_column(config.image_column, datasets.Image(decode=False))  # Pillow decodes, by our rules
+
+    def name(row: int) -> str:
+        image = table[row][config.image_column]
+        place = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+        return f"row {row} ({Path(place).name})" if place else f"row {row}"
+
+    def read(row: int) -> tuple[str, bytes, str]:
+        item = table[row]
+        caption = item[config.caption_column]
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError("caption is empty" if not caption else f"caption is no text: {caption!r:.60}")
+        return name(row), _bytes(item[config.image_column], path), caption.strip()
+
+    return _Rows(len(table), read, name)
+
+
+def _bytes(image: Any, root: Path) -> bytes:
+    """Return a cell's encoded picture: bytes, a path, or the dictionary of both that `datasets` stores."""
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, (bytes, bytearray)):
+        return bytes(image)
+    if isinstance(image, str):
+        place = Path(image) if Path(image).is_absolute() else (root if root.is_dir() else root.parent) / image
+        return place.read_bytes()
+    raise ValueError("no image" if image is None else f"an image column of {type(image).__name__}")
+
+
+def _open_sidecars(folder: Path) -> _Rows:
+    """Open a folder in which `a.png` has its caption in `a.txt`."""
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
+
+    def read(row: int) -> tuple[str, bytes, str]:
+        text = files[row].with_suffix(".txt")
+        if not text.is_file():
+            raise ValueError(f"no caption: neither a metadata file nor {text.name} beside it")
+        try:
+            caption = text.read_bytes().decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{text.name} is not UTF-8 at byte {error.start}") from None
+        if not caption:
+            raise ValueError(f"caption is empty: {text.name}")
+        return name(row), files[row].read_bytes(), caption
+
+    def name(row: int) -> str:
+        return str(files[row].relative_to(folder))
+
+    return _Rows(len(files), read, name)
+
+
+def _load(config: ImagesConfig, path: Path) -> Any:
+    """Load a `datasets` table from wherever the source points."""
+    import datasets
+
+    try:
+        if path.is_file():
+            return datasets.load_dataset(path.suffix.lstrip("."), data_files=str(path), split=config.split)
+        if path.is_dir():
+            if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+                saved = datasets.load_from_disk(str(path))
+                if not isinstance(saved, dict):
+                    return saved
+                if config.split not in saved:
+                    raise ValueError(unknown("split", config.split, saved))
+                return saved[config.split]
+            if any(path.rglob("*.parquet")):
+                return datasets.load_dataset("parquet", data_dir=str(path), split=config.split)
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{config.source}: cannot be read: {error}") from error
+    if config.source.startswith((".", "/", "~")) or path.suffix or config.source.count("/") > 1:
+        raise FileNotFoundError(f"{config.source}: no such file or folder; data.source names one, or a hub data set")
+    try:
+        return datasets.load_dataset(config.source, split=config.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # ConnectionError is an OSError
+        raise FileNotFoundError(
+            f"{config.source} is neither a local path nor could it be loaded as a hub data set, which needs the "
+            f"network (or an earlier download): {type(error).__name__}: {error}"
+        ) from error
+
+
+# --- the data set -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Checked:
+    rows: _Rows
+    good: tuple[int, ...]
+    captions: tuple[str, ...]
+    digests: tuple[bytes, ...]
+
+
+@lru_cache(maxsize=2)  # train and val of one run decode everything once
+def _check(config: ImagesConfig) -> _Checked:
+    rows = _open(config)
+
+    def look(row: int) -> tuple[str, bytes, int] | str:
+        try:
+            _, data, caption = rows.read(row)
+            picture = decode(data)
+        except (ValueError, OSError) as error:
+            return f"{rows.name(row)}: {error}"
+        return caption, hashlib.sha256(data).digest(), min(picture.size)
+
+    with ThreadPoolExecutor() as pool:  # Pillow's decoders let other threads run
+        found = list(pool.map(look, range(rows.length)))
+    bad = [result for result in found if isinstance(result, str)]
+    good = [(row, *result) for row, result in enumerate(found) if not isinstance(result, str)]
+    if bad:
+        more = f"\n  and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+        listing = "".join(f"\n  {line}" for line in bad[:_LISTED]) + more
+        if config.on_error == "fail":
+            raise DataError(
+                f"{config.source}: {len(bad)} of {rows.length} items cannot be used (data.on_error: skip leaves them "
+                f"out):{listing}"
+            )
+        _LOG.warning("%s: %d of %d items left out:%s", config.source, len(bad), rows.length, listing)
+    if not good:
+        raise DataError(f"{config.source}: no usable item among {rows.length}")
+    small = sum(side < config.resolution for *_, side in good)
+    if small:
+        _LOG.warning(
+            "%s: %d of %d images are smaller than %d pixels and will be enlarged",
+            config.source, small, len(good), config.resolution,
+        )  # fmt: skip
+    return _Checked(
+        rows, tuple(row for row, *_ in good), tuple(c for _, c, *_ in good), tuple(d for _, _, d, _ in good)
+    )
+
+
+class ImagesDataset:
+    """Pictures and captions of one split.
+
+    An item belongs to `val` by the hash of its file, so the split survives reordering and growth, and equal files fall
+    on the same side. `seen` is `val` here: nothing is known about combinations, so there is no `heldout`.
+    """
+
+    def __init__(self, config: ImagesConfig, split: str = "train") -> None:
+        if split not in SPLITS:
+            raise ValueError(
+                f"unknown split {split!r} of images; known: {', '.join(SPLITS)} (held-out combinations are known for "
+                f"shapes and emoji only)"
+            )
+        self.config = config
+        self.split = split
+        checked = _check(config)
+        shares = [int.from_bytes(digest[:8], "little") / 2**64 for digest in checked.digests]
+        # a small data set keeps at least one item for validation, unless validation was switched off
+        border = max(config.val_fraction, min(shares) + 2**-53) if config.val_fraction > 0 else 0.0
+        chosen = [i for i, share in enumerate(shares) if (share < border) == (split != "train")]
+        if not chosen:
+            raise DataError(
+                f"{config.source}: split {split!r} is empty: {len(shares)} usable items at data.val_fraction "
+                f"{config.val_fraction}"
+            )
+        self._rows = checked.rows
+        self._good = [checked.good[i] for i in chosen]
+        self._captions = [checked.captions[i] for i in chosen]
+        self._digests = [checked.digests[i] for i in chosen]
+
+    def __len__(self) -> int:
+        return len(self._good)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides pixels and captions."""
+        digest = hashlib.sha256(f"images|1|{self.config.resolution}".encode())
+        for data, caption in zip(self._digests, self._captions, strict=True):
+            digest.update(data + hashlib.sha256(caption.encode()).digest())
+        return digest.hexdigest()[:32]
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """Return the captions as they stand in the source, without white space around them."""
+        return [self._captions[int(i)] for i in indices]
+
+    def pixels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Decode items: the middle square, resized, uint8 [B, R, R, 3]."""
+        side = self.config.resolution
+        out = np.empty((len(indices), side, side, 3), dtype=np.uint8)
+        for row, index in enumerate(indices):
+            _, data, _ = self._rows.read(self._good[int(index)])
+            out[row] = square(decode(data), side)
+        return out
