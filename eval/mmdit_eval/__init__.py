@@ -13,7 +13,7 @@ from mmdit_eval.clip_score import clip_score
 
 _EXPORTS = {
     "cmmd": "mmdit_eval.kernel",
-    "compare": "mmdit_eval.suite",
+    "compare": "mmdit_eval.comparison",
     "evaluate_run": "mmdit_eval.suite",
     "frechet_distance": "mmdit_eval.frechet",
     "kernel_distance": "mmdit_eval.kernel",
@@ -32,11 +32,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from mmdit_eval.comparison import compare
     from mmdit_eval.frechet import frechet_distance
     from mmdit_eval.kernel import cmmd, kernel_distance
     from mmdit_eval.retrieval import retrieval_at_1
     from mmdit_eval.study import run_study
-    from mmdit_eval.suite import compare, evaluate_run
+    from mmdit_eval.suite import evaluate_run
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,82 @@
+"""Stored results: reading them, writing them, and saying which two may be compared. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdit.config import differences
+from mmdit_eval.statistics import Estimate, paired_interval
+
+
+def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], varies: Sequence[str] = ()) -> None:
+    """Refuse to compare results whose stamps differ.
+
+    Args:
+        a, b: results of `evaluate_run`.
+        varies: dotted prefixes of inference settings that may differ.
+
+    Raises:
+        ValueError: naming each field that differs and both values.
+    """
+    problems = []
+    for part in ("protocol", "inference"):
+        for name in differences(a["stamp"][part], b["stamp"][part]):
+            if part == "inference" and any(name == v or name.startswith(v + ".") for v in varies):
+                continue
+            problems.append(f"{part}.{name}: {_at(a['stamp'][part], name)!r} and {_at(b['stamp'][part], name)!r}")
+    if problems:
+        raise ValueError(
+            f"results of {a['run']!r} and {b['run']!r} are not comparable, they differ in {'; '.join(problems)}. "
+            f"Evaluate both with one suite, or name an inference field in the study's varies:"
+        )
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any], varies: Sequence[str] = ()) -> dict[str, dict[str, Estimate]]:
+    """Return a - b for every score that is known image by image: {split: {score: difference with interval}}.
+
+    The prompts and the noise are the same, so pictures are paired. The interval speaks about these two trained
+    models; what another training seed would give it cannot know.
+
+    Raises:
+        ValueError: the stamps differ.
+    """
+    check_comparable(a, b, varies)
+    found: dict[str, dict[str, Estimate]] = {}
+    for split in a["splits"]:
+        left, right = a["splits"][split]["per_image"], b["splits"][split]["per_image"]
+        for name in left:
+            pairs = [(x, y) for x, y in zip(left[name], right.get(name, []), strict=False) if None not in (x, y)]
+            if pairs:
+                found.setdefault(split, {})[name] = paired_interval(*zip(*pairs, strict=True))
+    return found
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    """Value at a path of `differences`; keys may contain dots themselves."""
+    if not dotted:
+        return tree
+    for key in tree if isinstance(tree, Mapping) else ():
+        if dotted == key or dotted.startswith(key + "."):
+            return _at(tree[key], dotted[len(key) + 1 :])
+    return None
+
+
+def read_result(path: str | Path) -> dict[str, Any] | None:
+    """Read a stored result; None where there is none or it is not whole."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and "splits" in result else None
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write JSON beside its place and rename, so that a result is whole or absent; NaN is refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,299 @@
+"""What a study found, from its files alone: values over seeds, equal budgets, the verdict in sentences. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmdit_eval.comparison import check_comparable, compare, read_result
+from mmdit_eval.scores import HEADLINES, SCORES, shown, shown_interval
+from mmdit_eval.statistics import Estimate, seed_interval
+
+SPLITS = {"seen": "seen combinations", "heldout": "held-out combinations"}
+
+
+@dataclass
+class Cell:
+    """One row and seed, as its folder tells it. `points`: (images, seconds, {split: measured}) along training."""
+
+    row: str
+    seed: int
+    status: str
+    reason: str
+    folder: Path
+    result: dict[str, Any] | None = None
+    points: list[tuple[int, float, dict[str, Any]]] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.log if record.get("kind") == kind]
+
+    @property
+    def seconds(self) -> float | None:
+        times = [record["seconds"] for record in self.log if "seconds" in record]
+        return max(times) if times else None
+
+    @property
+    def images_per_second(self) -> float | None:
+        last = self.records("train")[-1:]
+        return last[0]["images_seen"] / last[0]["seconds"] if last and last[0].get("seconds") else None
+
+
+@dataclass
+class Files:
+    """Everything a study's folder holds that the report needs."""
+
+    folder: Path
+    book: dict[str, Any]
+    cells: list[Cell]
+    ceiling: dict[str, Any] | None
+
+    @property
+    def study(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.book["study"]
+        return found
+
+    @cached_property
+    def rows(self) -> list[str]:
+        return list(self.book["rows"])
+
+    @cached_property
+    def judged(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.result is not None]
+
+    def of(self, row: str) -> list[Cell]:
+        return [cell for cell in self.judged if cell.row == row]
+
+    @cached_property
+    def splits(self) -> list[str]:
+        return [split for split in SPLITS if any(split in (cell.result or {})["splits"] for cell in self.judged)]
+
+    @cached_property
+    def scores(self) -> list[str]:
+        known = {n for c in self.judged for split in (c.result or {})["splits"].values() for n in split["scores"]}
+        return [name for name in SCORES if name in known] + sorted(known - set(SCORES))
+
+    @cached_property
+    def headline(self) -> str | None:
+        return next((name for name in HEADLINES if name in self.scores), None)
+
+
+def read_study(folder: str | Path) -> Files:
+    """Read a study's folder.
+
+    Raises:
+        FileNotFoundError: no study.json in it.
+    """
+    folder = Path(folder)
+    file = folder / "study.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; run the study first: python scripts/ablate.py configs/studies/...")
+    book = json.loads(file.read_text(encoding="utf-8"))
+    cells = [_read_cell(folder / name, entry, book["study"]["suite"]) for name, entry in book["cells"].items()]
+    return Files(folder, book, cells, read_result(folder / "ceiling.json"))
+
+
+def _read_cell(folder: Path, entry: Mapping[str, Any], suite: Mapping[str, Any]) -> Cell:
+    cell = Cell(entry["row"], entry["seed"], entry["status"], entry.get("reason", ""), folder)
+    log = folder / "metrics.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
+        try:
+            cell.log.append(json.loads(line))
+        except ValueError:
+            continue  # the last line of a run that was killed while writing it
+    found = [read_result(path) for path in sorted((folder / "eval").glob(f"{suite['name']}-*.json"))]
+    results = sorted((result for result in found if result is not None), key=lambda result: result["images_seen"])
+    if not results:
+        return cell
+    cell.result = results[-1]
+    clock = sorted({(r["images_seen"], r["seconds"]) for r in cell.log if "seconds" in r and "images_seen" in r})
+    for result in results:
+        splits = result["prefix"] or result["splits"]  # the final one on as many pictures as the earlier ones
+        seconds = _interpolate(result["images_seen"], clock) if clock else float("nan")
+        cell.points.append((result["images_seen"], seconds, splits))
+    return cell
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+def estimate(cells: Sequence[Cell], split: str, score: str) -> Estimate | None:
+    """Return a row's value: over seeds where there are several, else the one run's own with its interval."""
+    found = [cell.result["splits"][split]["scores"].get(score) for cell in cells if cell.result is not None]
+    values: list[Estimate] = [value for value in found if value is not None]
+    if not values:
+        return None
+    return values[0] if len(values) == 1 else seed_interval([value["value"] for value in values])
+
+
+def at_budget(cell: Cell, split: str, score: str, axis: str, budget: float) -> float | None:
+    """Return a score at a budget of `images` or `seconds`, linear between the judged checkpoints; None outside."""
+    points = []
+    for images, seconds, splits in cell.points:
+        found = splits.get(split, {}).get("scores", {}).get(score)
+        if found is not None:
+            points.append((images if axis == "images" else seconds, found["value"]))
+    if not points or not points[0][0] <= budget <= points[-1][0] * (1 + 1e-9):
+        return None
+    return _interpolate(budget, points)
+
+
+def _interpolate(x: float, points: Sequence[tuple[float, float]]) -> float:
+    """Linear between (x, y) points sorted by x."""
+    table = np.array(points, dtype=np.float64)
+    return float(np.interp(x, table[:, 0], table[:, 1]))
+
+
+def equal_budgets(files: Files) -> list[dict[str, Any]]:
+    """Compare rows at equal images and at equal seconds: the largest budget that every row has reached."""
+    tables = []
+    chosen: list[str] = [
+        s for s in ("colour", "shape", "relation", "all_correct", "same_base", "same_tone") if s in files.scores
+    ]
+    chosen = chosen or [s for s in (files.headline,) if s]
+    for axis in ("images", "seconds"):
+        reached = [float(c.points[-1][0] if axis == "images" else c.points[-1][1]) for c in files.judged if c.points]
+        if not reached or not np.isfinite(reached).all():
+            continue
+        budget = min(reached)
+        lines = []
+        for row in files.rows:
+            values = {
+                f"{split}.{score}": _mean([at_budget(cell, split, score, axis, budget) for cell in files.of(row)])
+                for split in files.splits
+                for score in chosen
+            }
+            lines.append({"row": row, "values": values})
+        tables.append({"axis": axis, "budget": budget, "scores": chosen, "rows": lines})
+    return tables
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if present and len(present) == len(values) else None
+
+
+def incomparable(files: Files) -> str | None:
+    """Say why the study's results may not be compared; None where they may."""
+    for cell in files.judged[1:]:
+        try:
+            check_comparable(files.judged[0].result or {}, cell.result or {}, files.study["varies"])
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def verdict(files: Files) -> list[str]:
+    """Say in sentences what the numbers allow, and what they do not."""
+    score = files.headline
+    if score is None or not files.judged:
+        return ["No cell of this study has been judged yet."]
+    style, sentences = SCORES[score], []
+    rows = [row for row in files.rows if files.of(row)]
+    for split in files.splits:
+        parts = []
+        for row in rows:
+            value = estimate(files.of(row), split, score)
+            if value is not None:
+                interval = shown_interval(score, value["low"], value["high"])
+                parts.append(f"{row} {shown(score, value['value'])}" + (f" [{interval}]" if interval else ""))
+        top = ceiling_value(files, split, score)
+        limit = f"; true pictures through the VAE: {shown(score, top)}" if top is not None else ""
+        sentences.append(f"{style.label.capitalize()}, {SPLITS[split]}: {', '.join(parts)}{limit}.")
+    problem = incomparable(files)
+    if problem:
+        return [*sentences, f"The rows are not comparable: {problem}"]
+    for other in rows[1:]:
+        sentences += _difference(files, rows[0], other, score)
+    if min(len(files.of(row)) for row in rows) < 2:
+        sentences.append(
+            "One seed ranks nothing: the intervals cover the chance of prompts and noise, not that of training. "
+            "Another seed may turn the order round."
+        )
+    if files.study.get("allow_confounded"):
+        sentences.append(
+            "The rows differ in more than the study names (allow_confounded): differences have no one cause."
+        )
+    return sentences
+
+
+def _difference(files: Files, first: str, second: str, score: str) -> list[str]:
+    a, b = ({cell.seed: cell for cell in files.of(row)} for row in (first, second))
+    both = sorted(set(a) & set(b))
+    split = files.splits[0]
+    if not both:
+        return []
+    style = SCORES[score]
+    if len(both) == 1:
+        found = compare(a[both[0]].result or {}, b[both[0]].result or {}, files.study["varies"])
+        difference = found.get(split, {}).get(score)
+        scope = "for these two trained models, prompt by prompt"
+    else:
+        pairs = [
+            (a[s].result or {})["splits"][split]["scores"][score]["value"]
+            - (b[s].result or {})["splits"][split]["scores"][score]["value"]
+            for s in both
+        ]
+        difference, scope = seed_interval(pairs), f"over {len(both)} seeds"
+    if difference is None or difference["low"] is None or difference["high"] is None:
+        return []
+    points = " points" if style.unit == "%" else ""
+    interval = shown_interval(score, difference["low"], difference["high"])
+    clear = difference["low"] > 0 or difference["high"] < 0
+    ending = "" if clear else ": no difference can be told"
+    return [
+        f"{first} minus {second} ({SPLITS[split]}), {scope}: {style.factor * difference['value']:+.{style.digits}f}"
+        f"{points} [{interval}]{ending}."
+    ]
+
+
+def ceiling_value(files: Files, split: str, score: str) -> float | None:
+    found = ((files.ceiling or {}).get("splits", {}).get(split, {}).get("scores", {})).get(score)
+    return None if found is None else float(found["value"])
+
+
+def score_table(files: Files) -> list[dict[str, Any]]:
+    """Return one line a score: {"score", "cells": {(split, row | "ceiling" | "chance"): estimate}}."""
+    lines = []
+    for score in files.scores:
+        cells: dict[tuple[str, str], Estimate] = {}
+        for split in files.splits:
+            for row in files.rows:
+                value = estimate(files.of(row), split, score)
+                if value is not None:
+                    cells[split, row] = value
+            ceiling = ((files.ceiling or {}).get("splits", {}).get(split, {}).get("scores", {})).get(score)
+            if ceiling is not None:
+                cells[split, "ceiling"] = ceiling
+            chances = [(c.result or {})["splits"][split]["chance"].get(score) for c in files.judged]
+            if chances and chances[0] is not None:
+                cells[split, "chance"] = Estimate(value=chances[0], low=None, high=None, n=0, method="by construction")
+        lines.append({"score": score, "cells": cells})
+    return lines
+
+
+def cost_table(files: Files) -> list[dict[str, Any]]:
+    """Return one line a row: what it is and what it took."""
+    lines = []
+    for row in files.rows:
+        cells, cost = files.of(row), files.book["rows"][row]
+        lines.append(
+            {
+                "row": row,
+                "parameters": cost["parameters"],
+                "gflops": cost["flops"] / 1e9,
+                "tokens": cost["tokens"],
+                "images": cells[0].result["images_seen"] if cells and cells[0].result else None,
+                "seconds": _mean([cell.seconds for cell in cells]),
+                "images_per_second": _mean([cell.images_per_second for cell in cells]),
+                "drawn_per_second": _mean([(cell.result or {})["drawn_per_second"] for cell in cells]),
+                "seeds": len(cells),
+            }
+        )
+    return lines

@@ -1,0 +1,225 @@
+"""What can be measured on drawn pictures: `METRICS`, one line each.
+
+A metric is a function of `Drawn` (pictures beside their prompts and the true pictures) and returns `Measured`. The
+same functions judge a run, its snapshots and the ceiling (true pictures passed through the VAE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmdit import rng
+from mmdit.config import EmojiConfig, SuiteConfig
+from mmdit.diffusion.loss import equidistant_levels, loss_by_level
+from mmdit.encoders.vae import to_pixels
+from mmdit.pipeline import TextToImage
+from mmdit_eval.clip_score import clip_scores
+from mmdit_eval.features import Extractor, extract, load_extractor, tiny_clip
+from mmdit_eval.frechet import FloatArray, frechet_distance
+from mmdit_eval.kernel import cmmd, kernel_distance
+from mmdit_eval.statistics import Estimate, jackknife_interval, mean_interval, wilson_interval
+
+VALIDATION_LEVELS = 8  # equidistant t; the mean leaves out t = 1, as in arXiv:2403.03206v1, 5.3
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The items of one split that a suite looks at.
+
+    Attributes:
+        indices: int [N] into the data set; also the numbers that key each picture's noise.
+        images: the true pictures, uint8 [N, R, R, 3].
+    """
+
+    split: str
+    dataset: Any
+    indices: np.ndarray
+    captions: list[str]
+    images: np.ndarray
+    extractor: Extractor
+    batch_size: int = 128
+
+    @cached_property
+    def features(self) -> FloatArray:
+        """Features of the true pictures, [N, d]."""
+        return extract(self.extractor, self.images, self.batch_size)
+
+    def head(self, count: int) -> Reference:
+        """Return the first `count` items."""
+        rows = slice(0, count)
+        return Reference(
+            self.split,
+            self.dataset,
+            self.indices[rows],
+            self.captions[rows],
+            self.images[rows],
+            self.extractor,
+            self.batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures to be judged: `images[i]` was drawn for `prompts.captions[i]`.
+
+    Attributes:
+        reference: the true pictures that distances refer to; for a run the same items as `prompts`.
+        pipeline: the run itself, or None where the pictures are true ones.
+    """
+
+    images: np.ndarray
+    prompts: Reference
+    reference: Reference
+    suite: SuiteConfig
+    pipeline: TextToImage | None = None
+
+    @cached_property
+    def features(self) -> FloatArray:
+        return extract(self.reference.extractor, self.images, self.suite.batch_size)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a metric found on one split.
+
+    Attributes:
+        scores: {score: value with interval}.
+        per_image: {score: one number an image, None where it does not apply}; pairs rows that share prompts.
+        chance: {score: what guessing gives}, where guessing is defined.
+        details: anything else worth keeping, plain JSON types.
+    """
+
+    scores: dict[str, Estimate] = field(default_factory=dict)
+    per_image: dict[str, list[float | None]] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A function and the kind of data it needs (None: any)."""
+
+    function: Callable[[Drawn], Measured]
+    data: str | None = None
+
+
+def _composition(drawn: Drawn) -> Measured:
+    """Read the pictures back by the oracle."""
+    from mmdit_eval.composition import METRICS as ATTRIBUTES
+    from mmdit_eval.composition import score_composition
+
+    prompts = drawn.prompts
+    long_form = [prompts.dataset.long_form(int(i)) for i in prompts.indices]
+    result = score_composition(drawn.images, prompts.dataset.scenes(prompts.indices), long_form)
+    scores, per_image = {}, {}
+    for name in ATTRIBUTES:
+        values = [None if image[name] is None else float(image[name]) for image in result["per_image"]]
+        applying = [value for value in values if value is not None]
+        if applying:
+            scores[name] = wilson_interval(applying)
+            per_image[name] = values
+    details = {key: result[key] for key in ("by_heldout_kind", "by_kind") if result[key]}
+    return Measured(scores, per_image, details=details)
+
+
+def _clip_score(drawn: Drawn) -> Measured:
+    """Score each picture against its own prompt by the tiny CLIP."""
+    images = extract(load_extractor("tiny_clip"), drawn.images, drawn.suite.batch_size)
+    text = tiny_clip().text_features(drawn.prompts.captions)
+    values = clip_scores(images, text.double().cpu().numpy())
+    return Measured({"clip_score": mean_interval(values)}, {"clip_score": [round(float(v), 4) for v in values]})
+
+
+def _distance(name: str, function: Callable[[FloatArray, FloatArray], float]) -> Callable[[Drawn], Measured]:
+    """Turn a distance between sets into a metric; both sets lose the same rows in the jackknife."""
+
+    def metric(drawn: Drawn) -> Measured:
+        generated, true = drawn.features, drawn.reference.features
+        estimate = jackknife_interval(lambda rows: function(generated[rows], true[rows]), len(generated))
+        return Measured({name: estimate})
+
+    return metric
+
+
+def _validation_loss(drawn: Drawn) -> Measured:
+    """Measure the training objective on the true pictures of the split; not defined without a denoiser."""
+    pipeline = drawn.pipeline
+    if pipeline is None:
+        return Measured()
+    device = next(pipeline.denoiser.parameters()).device
+    losses = []
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=pipeline.precision == "bf16"),
+    ):
+        for start in range(0, len(drawn.prompts.indices), drawn.suite.batch_size):
+            rows = slice(start, start + drawn.suite.batch_size)
+            latents = pipeline.vae.encode(to_pixels(drawn.prompts.images[rows]).to(device)).float()
+            conditioning = pipeline.encode(drawn.prompts.captions[rows]).to(device)
+            noise = rng.normal(drawn.suite.seed, "val_noise", drawn.prompts.indices[rows].tolist(), latents.shape[1:])
+            losses.append(
+                loss_by_level(
+                    pipeline.denoiser,
+                    latents,
+                    conditioning,
+                    torch.from_numpy(noise).to(device),
+                    VALIDATION_LEVELS,
+                    pipeline.schedule,
+                    pipeline.prediction,
+                )
+                .double()
+                .cpu()
+            )
+    table = torch.cat(losses, dim=1).numpy()  # [levels, N]
+    details = {
+        "levels": equidistant_levels(VALIDATION_LEVELS).tolist(),
+        "loss_by_level": [float(value) for value in table.mean(1)],
+        "prediction": pipeline.prediction,
+    }
+    per_image = table[:-1].mean(0)
+    return Measured(
+        {"validation_loss": mean_interval(per_image)},
+        {"validation_loss": [round(float(value), 6) for value in per_image]},
+        details=details,
+    )
+
+
+def _retrieval(drawn: Drawn) -> Measured:
+    """Ask the judge whether each emoji is nearer to its own true picture than to its relatives."""
+    from mmdit_eval.judge import judge, retrieval_scores
+
+    dataset = drawn.prompts.dataset
+    bank = _emoji_bank(dataset.config.model_dump_json())
+    result = retrieval_scores(drawn.images, dataset.records(drawn.prompts.indices), bank, judge())
+    measured = Measured()
+    for question, found in result.items():
+        if not found["n"]:
+            continue
+        measured.scores[question] = wilson_interval([hit for hit in found["hits"] if hit is not None])
+        measured.per_image[question] = [None if hit is None else float(hit) for hit in found["hits"]]
+        measured.chance[question] = found["chance"]
+    return measured
+
+
+@lru_cache(maxsize=2)
+def _emoji_bank(config_json: str) -> Any:
+    from mmdit_eval.judge import judge, make_bank
+
+    return make_bank(judge(), EmojiConfig.model_validate_json(config_json))
+
+
+METRICS: dict[str, Metric] = {
+    "composition": Metric(_composition, data="shapes"),
+    "retrieval": Metric(_retrieval, data="emoji"),
+    "clip_score": Metric(_clip_score),
+    "frechet": Metric(_distance("frechet", frechet_distance)),
+    "kernel": Metric(_distance("kernel", kernel_distance)),
+    "cmmd": Metric(_distance("cmmd", cmmd)),
+    "validation_loss": Metric(_validation_loss),
+}

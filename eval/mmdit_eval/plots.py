@@ -1,0 +1,157 @@
+"""The report's figures, drawn by matplotlib from numbers alone; one colour a row, the same in every figure."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmdit_eval.scores import SCORES
+
+# Okabe and Ito's palette: distinguishable with every kind of colour vision
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#4D4D4D")
+CEILING = "#8A8F98"
+SPLIT_STYLES = {"seen": "-", "heldout": (0, (4, 2))}
+SPLIT_NAMES = {"seen": "seen combinations", "heldout": "held-out combinations"}
+
+# a curve: (x, y) pairs; a row may have several, one a seed
+Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
+
+
+def row_colours(rows: Sequence[str]) -> dict[str, str]:
+    """Give each row its colour, by its place in the study."""
+    return {row: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
+
+
+def score_figure(
+    score: str,
+    by_images: Mapping[str, Curves],
+    by_seconds: Mapping[str, Curves],
+    ceiling: Mapping[str, float],
+    colours: Mapping[str, str],
+) -> str:
+    """Draw one score against images and against training seconds, side by side: base64 PNG.
+
+    Args:
+        by_images, by_seconds: {split: {row: curves}}.
+        ceiling: {split: value}.
+    """
+    figure, axes = _figure(2)
+    style = SCORES[score]
+    panels = ((axes[0], by_images, "training images (thousands)", 1e-3), (axes[1], by_seconds, "training seconds", 1.0))
+    for axis, data, label, unit in panels:
+        for split, curves in data.items():
+            for row, seeds in curves.items():
+                for points in seeds:
+                    x, y = np.array(points).T
+                    axis.plot(
+                        unit * x, style.factor * y, color=colours[row], linestyle=SPLIT_STYLES[split], marker="o",
+                        markersize=4, linewidth=1.8, markeredgewidth=0, alpha=0.9,
+                    )  # fmt: skip
+            if split in ceiling:
+                axis.axhline(
+                    style.factor * ceiling[split], color=CEILING, linestyle=SPLIT_STYLES[split], linewidth=1.0, zorder=0
+                )
+        axis.set_xlabel(label)
+        axis.set_xlim(left=0)
+    unit_text = f" ({style.unit})" if style.unit else ""
+    axes[0].set_ylabel(f"{style.label}{unit_text}")
+    _legend(figure, axes[1], colours, list(by_images), bool(ceiling))
+    return _png(figure)
+
+
+def loss_figure(
+    training: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    by_level: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    colours: Mapping[str, str],
+    heldout_by_level: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+) -> str:
+    """Draw training loss against images, and validation loss at each t: base64 PNG."""
+    figure, axes = _figure(2)
+    for row, runs in training.items():
+        for images, loss in runs:
+            axes[0].plot(1e-3 * np.asarray(images), smooth(loss), color=colours[row], linewidth=1.8)
+    axes[0].set_yscale("log")
+    axes[0].set_xlabel("training images (thousands)")
+    axes[0].set_ylabel("training loss (running mean)")
+    axes[0].set_xlim(left=0)
+    for split, data in (("seen", by_level), ("heldout", heldout_by_level)):
+        for row, levels in data.items():
+            for t, loss in levels:
+                axes[1].plot(
+                    t, loss, color=colours[row], linestyle=SPLIT_STYLES[split], marker="o", markersize=4,
+                    linewidth=1.8, markeredgewidth=0,
+                )  # fmt: skip
+    axes[1].set_xlabel("t (0 data, 1 noise)")
+    axes[1].set_ylabel("validation loss at t")
+    axes[1].set_xlim(0, 1.03)
+    for axis in axes:
+        axis.yaxis.set_major_formatter(_plain())
+        axis.yaxis.set_minor_formatter(_plain())
+    _legend(figure, axes[1], colours, [s for s, d in (("seen", by_level), ("heldout", heldout_by_level)) if d], False)
+    return _png(figure)
+
+
+def smooth(values: Sequence[float], window: int = 5) -> np.ndarray:
+    """Return the running mean of the last `window` values, shorter at the beginning."""
+    sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - window, 0)
+    mean: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
+    return mean
+
+
+def _plain() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#9aa0a6",
+        "axes.labelcolor": "#30343b",
+        "axes.grid": True,
+        "grid.color": "#e8eaed",
+        "grid.linewidth": 0.8,
+        "axes.axisbelow": True,
+        "xtick.color": "#5f6368",
+        "ytick.color": "#5f6368",
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style):
+        figure, axes = pyplot.subplots(1, panels, figsize=(10.0, 3.5), layout="constrained")
+    return figure, axes
+
+
+def _legend(figure: Any, axis: Any, colours: Mapping[str, str], splits: Sequence[str], ceiling: bool) -> None:
+    """One legend for the whole figure: rows by colour, splits by line."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour, linewidth=3, label=row) for row, colour in colours.items()]
+    if len(splits) > 1:
+        handles += [Line2D([], [], color="#30343b", linestyle=SPLIT_STYLES[s], label=SPLIT_NAMES[s]) for s in splits]
+    if ceiling:
+        handles.append(Line2D([], [], color=CEILING, linewidth=1, label="ceiling (true pictures through the VAE)"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9.5, handlelength=2.4)
+
+
+def _png(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    pyplot.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,56 @@
+"""How numbers are shown: label, factor, digits and which way is better. No torch: the report reads files only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a number is shown: its name for people, a factor and format, and which way is better."""
+
+    label: str
+    better: int  # +1 more is better, -1 less is better
+    factor: float = 1.0
+    digits: int = 3
+    unit: str = ""
+
+
+# every score a metric may give, in the order of a table
+SCORES: dict[str, Score] = {
+    "colour": Score("colour", +1, 100, 1, "%"),
+    "shape": Score("shape", +1, 100, 1, "%"),
+    "size": Score("size", +1, 100, 1, "%"),
+    "count": Score("count", +1, 100, 1, "%"),
+    "relation": Score("relation", +1, 100, 1, "%"),
+    "early": Score("early objects", +1, 100, 1, "%"),
+    "late": Score("late objects", +1, 100, 1, "%"),
+    "all_correct": Score("all correct", +1, 100, 1, "%"),
+    "unreadable": Score("unreadable", -1, 100, 1, "%"),
+    "same_base": Score("right tone", +1, 100, 1, "%"),  # retrieved among the same base in other tones
+    "same_tone": Score("right base", +1, 100, 1, "%"),  # among other bases in the same tone
+    "same_gender": Score("right gender", +1, 100, 1, "%"),  # among the same base and tone
+    "clip_score": Score("CLIP-score", +1, 1, 1),
+    "frechet": Score("Fréchet", -1, 1, 4),
+    "kernel": Score("kernel ×1000", -1, 1000, 3),
+    "cmmd": Score("CMMD", -1, 1, 3),
+    "validation_loss": Score("validation loss", -1, 1, 4),
+}
+
+# what a study is judged by first, where it is measured
+HEADLINES = ("all_correct", "same_tone", "clip_score", "frechet", "validation_loss")
+
+
+def shown(score: str, value: float | None, unit: bool = True) -> str:
+    """Format a value for people: "93.4 %"."""
+    if value is None:
+        return "–"
+    style = SCORES.get(score, Score(score, +1))
+    return f"{style.factor * value:.{style.digits}f}" + (f" {style.unit}" if unit and style.unit else "")
+
+
+def shown_interval(score: str, low: float | None, high: float | None) -> str:
+    """Format an interval for people: "90.1 – 96.0"; empty where there is none."""
+    if low is None or high is None:
+        return ""
+    return f"{shown(score, low, unit=False)} – {shown(score, high, unit=False)}"

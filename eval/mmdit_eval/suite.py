@@ -1,0 +1,332 @@
+"""A suite on a run: draw pictures for the prompts of each split, measure them, write one JSON with a stamp.
+
+    python scripts/evaluate.py runs/quickstart/mmdit-s0 --suite configs/eval/quickstart.yaml
+
+The stamp decides what may be compared. `protocol` must be equal for any comparison; `inference` must be equal unless
+a study says that it varies the field. The version of the code is recorded beside it and never compared; a change of
+this package that changes numbers raises `PROTOCOL_VERSION`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmdit import rng
+from mmdit.checkpoint import find_checkpoint
+from mmdit.config import ConfigError, RunConfig, SuiteConfig, load_config, to_tree
+from mmdit.data import make_dataset
+from mmdit.diffusion import build_schedule
+from mmdit.encoders.vae import AutoencoderKL, load_vae, to_images, to_pixels
+from mmdit.pipeline import TextToImage, checkpoint_hash, save_image
+from mmdit.registry import lookup
+from mmdit_eval.comparison import compare, read_result, write_result
+from mmdit_eval.features import hash_tensors, load_extractor
+from mmdit_eval.metrics import METRICS, Drawn, Reference
+
+__all__ = ["check_suite", "compare", "evaluate_ceiling", "evaluate_run", "evaluate_snapshots", "load_references"]
+
+PROTOCOL_VERSION = 1
+Say = Callable[[str], None]
+
+
+def check_suite(suite: SuiteConfig, config: RunConfig) -> None:
+    """Refuse a suite that a run's data cannot serve.
+
+    Raises:
+        ConfigError: an unknown metric or one that needs other data.
+    """
+    for name in suite.metrics:
+        try:
+            needed = lookup(METRICS, name, "metric").data
+        except ValueError as error:
+            raise ConfigError(f"suite.metrics: {error}") from None
+        if needed is not None and needed != config.data.name:
+            raise ConfigError(
+                f"suite.metrics: {name!r} needs data.name {needed!r}, the run has {config.data.name!r}; leave it out"
+            )
+
+
+def evaluate_run(
+    run_dir: str | Path,
+    suite: SuiteConfig | None = None,
+    checkpoint: str | Path | None = None,
+    *,
+    num_images: int | None = None,
+    references: Mapping[str, Reference] | None = None,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Judge one checkpoint of a run; a result with the same stamp and weights that is already there is returned.
+
+    Args:
+        run_dir: the run; its result is written to `<run_dir>/eval/<suite>-<images_seen>.json`.
+        checkpoint: one checkpoint of it; None: its newest.
+        num_images: per split, instead of `suite.num_images` (snapshots).
+        references: of `load_references`, to share them between runs of equal data.
+
+    Raises:
+        FileNotFoundError, CheckpointError: no run, no whole checkpoint.
+        ConfigError: a metric the run's data cannot serve.
+    """
+    suite = suite or SuiteConfig()
+    run_dir = Path(run_dir)
+    path = Path(checkpoint) if checkpoint is not None else find_checkpoint(run_dir)
+    config = load_config(path / "config.yaml")
+    check_suite(suite, config)
+    references = references or load_references(config, suite)
+    count = num_images or suite.num_images
+    used = {split: reference.head(count) for split, reference in references.items()}
+    stamp = make_stamp(config, suite, used)
+    out = run_dir / "eval" / f"{suite.name}-{path.name}.json"
+    weights_hash = checkpoint_hash(path, "ema" if suite.weights == "ema" else "model")
+    known = read_result(out)
+    same = known is not None and known["stamp"] == stamp and known["checkpoint_sha256"] == weights_hash
+    if known is not None and same and all((run_dir / file).is_file() for file in known["samples"]):
+        return known
+
+    started = time.perf_counter()
+    pipeline = TextToImage.load(path, suite.weights)
+    drawing, scoring = 0.0, 0.0
+    splits: dict[str, Any] = {}
+    prefix: dict[str, Any] = {}
+    samples = []
+    for split, reference in used.items():
+        begun = time.perf_counter()
+        images = draw(pipeline, reference, suite)
+        drawing += time.perf_counter() - begun
+        begun = time.perf_counter()
+        splits[split] = measure(Drawn(images, reference, reference, suite, pipeline))
+        if 0 < suite.snapshot_images < len(images):  # for curves: distances depend on N, so all their points share one
+            part = reference.head(suite.snapshot_images)
+            prefix[split] = measure(Drawn(images[: suite.snapshot_images], part, part, suite, pipeline))
+        scoring += time.perf_counter() - begun
+        for i in range(min(suite.grid_prompts, len(images))):
+            file = Path("samples") / f"{suite.name}-{path.name}" / f"{split}-{i:03d}.png"
+            save_image(images[i], run_dir / file, {"prompt": reference.captions[i], "seed": suite.seed})
+            samples.append(str(file))
+    result: dict[str, Any] = {
+        "suite": suite.name,
+        "run": config.name,
+        "images_seen": int(path.name),
+        "checkpoint_sha256": weights_hash,
+        "stamp": stamp,
+        "settings": to_tree(suite),
+        "splits": splits,
+        "prefix": prefix,
+        "samples": samples,
+        "prompts": {split: reference.captions[: suite.grid_prompts] for split, reference in used.items()},
+        "seconds": {
+            "drawing": round(drawing, 2),
+            "scoring": round(scoring, 2),
+            "total": round(time.perf_counter() - started, 2),
+        },
+        "drawn_per_second": round(sum(len(r.indices) for r in used.values()) / max(drawing, 1e-9), 2),
+        "environment": environment(),
+    }
+    write_result(out, result)
+    say(f"{run_dir.name} at {int(path.name):,} images: {_in_one_line(splits)}  ({result['seconds']['total']:.0f} s)")
+    return result
+
+
+def evaluate_snapshots(
+    run_dir: str | Path, suite: SuiteConfig, *, references: Mapping[str, Reference] | None = None, say: Say = print
+) -> list[dict[str, Any]]:
+    """Judge the earlier kept checkpoints of a run with `suite.snapshot_images` pictures a split, oldest first."""
+    from mmdit.checkpoint import CheckpointError, list_checkpoints
+
+    results = []
+    for path in list_checkpoints(run_dir)[:-1] if suite.snapshot_images else []:
+        try:
+            result = evaluate_run(
+                run_dir, suite, path, num_images=suite.snapshot_images, references=references, say=say
+            )
+        except CheckpointError as error:  # a damaged snapshot costs its point of the curve, not the report
+            say(f"left out of the curves: {error}")
+            continue
+        results.append(result)
+    return results
+
+
+def evaluate_ceiling(
+    config: RunConfig,
+    suite: SuiteConfig,
+    out: str | Path,
+    *,
+    references: Mapping[str, Reference] | None = None,
+    vae: AutoencoderKL | None = None,
+) -> dict[str, Any]:
+    """Judge true pictures passed through the VAE: what no denoiser behind this VAE can be expected to beat.
+
+    The pictures are further items of each split where there are enough, so that distances keep the noise of sampling;
+    otherwise the same items, which the result says. Stored in `out` (JSON) with the pictures beside it.
+    """
+    check_suite(suite, config)
+    references = references or load_references(config, suite)
+    vae = vae or load_vae(config.encoders.vae)
+    used = {split: reference.head(suite.num_images) for split, reference in references.items()}
+    protocol = make_stamp(config, suite, used)["protocol"]
+    key = {"protocol": protocol, "vae": hash_tensors(vae.state_dict()), "metrics": list(suite.metrics)}
+    out = Path(out)
+    known = read_result(out)
+    if known and known["key"] == json.loads(json.dumps(key)):
+        return known
+    splits: dict[str, Any] = {}
+    files: dict[str, list[str]] = {"true": [], "ceiling": []}
+    for split, reference in used.items():
+        fresh = _items(reference.dataset, split, suite, 2 * suite.num_images)[len(reference.indices) :]
+        enough = len(fresh) == len(reference.indices)
+        others = _reference(reference.dataset, split, fresh, suite) if enough else reference
+        images = np.concatenate(
+            [
+                through_vae(vae, others.images[i : i + suite.batch_size])
+                for i in range(0, len(others.images), suite.batch_size)
+            ]
+        )
+        splits[split] = measure(Drawn(images, others, reference, suite))
+        splits[split]["details"]["same_items_as_reference"] = not enough
+        shown = reference.images[: suite.grid_prompts]
+        for kind, pictures in (("true", shown), ("ceiling", through_vae(vae, shown))):
+            for i, picture in enumerate(pictures):
+                file = Path(out.stem) / f"{kind}-{split}-{i:03d}.png"
+                save_image(picture, out.parent / file, {"prompt": reference.captions[i]})
+                files[kind].append(str(file))
+    result = {"key": key, "splits": splits, "samples": files, "environment": environment()}
+    write_result(out, result)
+    return result
+
+
+def load_references(config: RunConfig, suite: SuiteConfig) -> dict[str, Reference]:
+    """Load the items of each split that the suite looks at: a fixed random choice, equal for equal data and seed."""
+    found: dict[str, Reference] = {}
+    for split in suite.splits:
+        dataset = make_dataset(config.data, split)
+        found[split] = _reference(dataset, split, _items(dataset, split, suite, suite.num_images), suite)
+    return found
+
+
+def _items(dataset: Any, split: str, suite: SuiteConfig, count: int) -> np.ndarray:
+    order = rng.generator(suite.seed, "metric", 0).permutation(len(dataset))
+    if len(order) < 2:
+        raise ConfigError(f"the split {split!r} has {len(order)} item(s); a suite needs at least 2")
+    return order[:count]
+
+
+def _reference(dataset: Any, split: str, indices: np.ndarray, suite: SuiteConfig) -> Reference:
+    return Reference(
+        split,
+        dataset,
+        indices,
+        dataset.captions(indices),
+        dataset.pixels(indices),
+        load_extractor(suite.extractor),
+        suite.batch_size,
+    )
+
+
+def draw(pipeline: TextToImage, reference: Reference, suite: SuiteConfig) -> np.ndarray:
+    """Draw one picture a caption, uint8 [N, R, R, 3]; its noise is keyed by (suite.seed, index of the item)."""
+    previous = pipeline.sampling
+    pipeline.sampling = suite.sampling or previous
+    try:
+        return pipeline(
+            reference.captions, seed=suite.seed, indices=reference.indices.tolist(), batch_size=suite.batch_size
+        )
+    finally:
+        pipeline.sampling = previous
+
+
+@torch.inference_mode()
+def through_vae(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """Encode and decode images uint8 [B, R, R, 3]."""
+    device = next(vae.parameters()).device
+    return np.asarray(to_images(vae.decode(vae.encode(to_pixels(images).to(device)))))
+
+
+def measure(drawn: Drawn) -> dict[str, Any]:
+    """Apply the suite's metrics to the pictures of one split."""
+    found: dict[str, Any] = {
+        "num_images": len(drawn.images),
+        "scores": {},
+        "per_image": {},
+        "chance": {},
+        "details": {},
+    }
+    for name in drawn.suite.metrics:
+        measured = lookup(METRICS, name, "metric").function(drawn)
+        for part in ("scores", "per_image", "chance", "details"):
+            found[part].update(getattr(measured, part))
+    return found
+
+
+# --- stamps -----------------------------------------------------------------------------------------------------
+
+
+def make_stamp(config: RunConfig, suite: SuiteConfig, references: Mapping[str, Reference]) -> dict[str, Any]:
+    """Say what a number depends on besides the trained weights; `inference` in the config's own dotted names."""
+    extractor = next(iter(references.values())).extractor
+    sampling = suite.sampling or config.sampling
+    protocol = {
+        "version": PROTOCOL_VERSION,
+        "metrics": list(suite.metrics),
+        "extractor": {"name": extractor.name, "hash": extractor.hash, "resize": extractor.resize},
+        "references": {
+            split: {
+                "num_images": len(reference.indices),
+                "pictures": _digest(reference.images.tobytes()),
+                "captions": _digest("\n".join(reference.captions).encode()),
+            }
+            for split, reference in references.items()
+        },
+        "resolution": config.data.resolution,
+        "seed": suite.seed,
+        "noise": "keyed by (seed, item)",
+        "path": "uint8 in memory, no file format between",
+        "precision": config.train.precision,
+        "weights": suite.weights,
+    }
+    inference = {
+        **{f"sampling.{name}": value for name, value in sampling.model_dump(mode="json").items()},
+        "diffusion.schedule": build_schedule(config.diffusion.schedule).describe(),
+        "diffusion.prediction": config.diffusion.prediction,
+        "encoders.padding": config.encoders.padding,
+        "encoders.null": config.encoders.null,
+    }
+    return json.loads(json.dumps({"protocol": protocol, "inference": inference}))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """What may change speed, and last bits: recorded, never compared."""
+    from mmdit import __version__
+
+    return {
+        "mmdit_lab": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _in_one_line(splits: Mapping[str, Any]) -> str:
+    parts = []
+    for split, found in splits.items():
+        scores = found["scores"]
+        name = next((n for n in ("all_correct", "same_base", "clip_score") if n in scores), next(iter(scores), None))
+        if name:
+            parts.append(f"{name} {split} {scores[name]['value']:.3f}")
+    return ", ".join(parts)

@@ -1,0 +1,199 @@
+"""The report, from made-up files: numbers, words, a page that needs nothing from outside, and damaged input."""
+
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+from mmdit_eval.comparison import check_comparable, compare
+from mmdit_eval.findings import at_budget, cost_table, equal_budgets, estimate, read_study, verdict
+from mmdit_eval.report import csv_table, html, markdown, summary, write_report
+from mmdit_eval.statistics import jackknife_interval, mean_interval, wilson_interval
+from PIL import Image
+
+from mmdit.config import StudyConfig, to_tree
+
+SUITE = {"name": "tiny", "num_images": 40, "snapshot_images": 16, "grid_prompts": 2}
+STAMP = {"protocol": {"version": 1, "seed": 1}, "inference": {"sampling.num_steps": 20}}
+
+
+def measured(random, rate, count):
+    hits = [float(hit) for hit in random.random(count) < rate]
+    features = random.normal(size=count)
+    return {
+        "num_images": count,
+        "scores": {
+            "all_correct": wilson_interval(hits),
+            "clip_score": mean_interval(20 + features, draws=50),
+            "frechet": jackknife_interval(lambda rows: float(1 - rate + 0.1 * features[rows].mean()), count),
+        },
+        "per_image": {"all_correct": hits},
+        "chance": {},
+        "details": {"levels": [0.25, 0.5, 0.75, 1.0], "loss_by_level": [1.2 - rate, 0.5, 0.4, 0.6]},
+    }
+
+
+def write_cell(folder, row, rate, speed, seed=0):
+    name = f"{row}-s{seed}"
+    random = np.random.default_rng([seed, len(row)])
+    run = folder / name
+    (run / "eval").mkdir(parents=True)
+    for step in (1, 2, 3):
+        images, final = 1000 * step, step == 3
+        splits = {
+            s: measured(random, rate * step / 3 - (s == "heldout") / 10, 40 if final else 16)
+            for s in ("seen", "heldout")
+        }
+        prefix = {s: measured(random, rate, 16) for s in splits} if final else {}
+        result = {
+            "suite": "tiny", "run": name, "images_seen": images, "stamp": STAMP, "splits": splits, "prefix": prefix,
+            "samples": [], "prompts": {s: ["a red circle", "a <b>blue</b> star & more"] for s in splits},
+            "drawn_per_second": speed / 10, "environment": {"torch": "2"}, "seconds": {"total": 1.0},
+            "checkpoint_sha256": "0",
+        }  # fmt: skip
+        (run / "eval" / f"tiny-{images:012d}.json").write_text(json.dumps(result))
+    with (run / "metrics.jsonl").open("w") as log:
+        for images in range(100, 3001, 100):
+            record = {"kind": "train", "images_seen": images, "seconds": images / speed, "loss": 1 / (1 + images / 500)}
+            log.write(json.dumps({**record, "step": images // 100, "images_per_second": speed}) + "\n")
+        log.write('{"kind": "train", "images_se')  # killed while writing
+    pictures = run / "samples" / "tiny-000000003000"
+    pictures.mkdir(parents=True)
+    for split in ("seen", "heldout"):
+        for i in range(2):
+            Image.new("RGB", (8, 8), (255 * i, 60, 60)).save(pictures / f"{split}-{i:03d}.png")
+
+
+def write_study(folder, seeds=(0,), failed=None):
+    rows = {"mmdit": {"model": {"name": "mmdit"}}, "unet": {"model": {"name": "unet"}}}
+    study = StudyConfig(name="pretend", base="base.yaml", rows=rows, seeds=seeds, suite=SUITE)
+    cells = {}
+    for row, rate, speed in (("mmdit", 0.9, 700), ("unet", 0.6, 350)):
+        for seed in seeds:
+            name = f"{row}-s{seed}"
+            cells[name] = {"row": row, "seed": seed, "status": "done", "reason": ""}
+            if name == failed:
+                cells[name].update(status="failed", reason="training ended with exit code 1")
+            else:
+                write_cell(folder, row, rate, speed, seed)
+    costs = {row: {"parameters": 10_000_000 + i, "flops": 300_000_000, "tokens": 20} for i, row in enumerate(rows)}
+    book = {"study": to_tree(study), "command": "python scripts/ablate.py x.yaml", "rows": costs, "cells": cells}
+    (folder / "study.json").write_text(json.dumps({**book, "started": "2026-01-01T00:00:00Z"}))
+    random = np.random.default_rng(9)
+    ceiling = {"splits": {s: measured(random, 1.0, 40) for s in ("seen", "heldout")}}
+    (folder / "ceiling.json").write_text(json.dumps(ceiling))
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path):
+    return write_study(tmp_path)
+
+
+def test_everything_is_written_and_the_page_needs_nothing_from_outside(study):
+    page = write_report(study).read_text()
+    assert {"report.html", "table.md", "table.csv", "summary.json"} <= {p.name for p in study.iterdir()}
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert links
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert "One seed ranks nothing" in page
+
+
+def test_prompts_are_escaped(study):
+    page = html(read_study(study))
+    assert "a &lt;b&gt;blue&lt;/b&gt; star &amp; more" in page
+    assert "<b>blue" not in page
+
+
+def test_the_table_shows_the_stored_values_and_the_ceiling(study):
+    files = read_study(study)
+    stored = json.loads((study / "mmdit-s0/eval/tiny-000000003000.json").read_text())
+    value = stored["splits"]["seen"]["scores"]["all_correct"]["value"]
+    line = next(line for line in markdown(files).splitlines() if line.startswith("| all correct"))
+    assert f"{100 * value:.1f} %" in line
+    assert "100.0 %" in line
+    assert summary(files)["scores"]["mmdit"]["seen"]["all_correct"]["value"] == value
+
+
+def test_the_csv_holds_every_number_unrounded(study):
+    rows = list(csv.DictReader(io.StringIO(csv_table(read_study(study)))))
+    assert len(rows) == 2 * 3 * 2 * 3  # rows of the study, checkpoints, splits, scores
+    stored = json.loads((study / "unet-s0/eval/tiny-000000001000.json").read_text())
+    found = [r for r in rows if r["row"] == "unet" and r["images_seen"] == "1000" and r["score"] == "frechet"]
+    assert float(found[0]["value"]) == stored["splits"]["seen"]["scores"]["frechet"]["value"]
+
+
+def test_seconds_come_from_the_log_and_budgets_from_the_slower_row(study):
+    files = read_study(study)
+    assert [point[1] for point in files.judged[0].points] == pytest.approx([1000 / 700, 2000 / 700, 3000 / 700])
+    images, seconds = equal_budgets(files)
+    assert images["budget"] == 3000
+    assert seconds["budget"] == pytest.approx(3000 / 700)
+    unet = files.of("unet")[0]
+    first, second = (unet.points[i][2]["seen"]["scores"]["all_correct"]["value"] for i in (0, 1))
+    assert at_budget(unet, "seen", "all_correct", "seconds", 1500 / 350) == pytest.approx((first + second) / 2)
+    assert at_budget(unet, "seen", "all_correct", "images", 500) is None
+    assert cost_table(files)[1]["images_per_second"] == pytest.approx(350)
+
+
+def test_one_seed_ranks_nothing_and_several_are_compared_seed_by_seed(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "three").mkdir()
+    one = verdict(read_study(write_study(tmp_path / "one")))
+    three = verdict(read_study(write_study(tmp_path / "three", seeds=(0, 1, 2))))
+    assert any("One seed ranks nothing" in sentence for sentence in one)
+    assert not any("One seed ranks nothing" in sentence for sentence in three)
+    assert any("over 3 seeds" in sentence for sentence in three)
+    files = read_study(tmp_path / "three")
+    values = [cell.result["splits"]["seen"]["scores"]["all_correct"]["value"] for cell in files.of("mmdit")]
+    assert estimate(files.of("mmdit"), "seen", "all_correct")["value"] == pytest.approx(np.mean(values))
+    assert estimate(files.of("mmdit"), "seen", "all_correct")["n"] == 3
+
+
+def test_a_failed_cell_is_listed_and_the_others_are_shown(tmp_path):
+    page = write_report(write_study(tmp_path, failed="unet-s0")).read_text()
+    assert "training ended with exit code 1" in page
+    assert summary(read_study(tmp_path))["cells"]["unet-s0"]["status"] == "failed"
+
+
+def test_a_study_without_any_result_still_has_a_report(tmp_path):
+    write_study(tmp_path)
+    for result in tmp_path.glob("*/eval/*.json"):
+        result.write_text("{ damaged")
+    assert "No cell of this study has been judged yet" in write_report(tmp_path).read_text()
+
+
+def test_unlike_stamps_are_refused_by_name(study):
+    a, b = (json.loads((study / f"{row}-s0/eval/tiny-000000003000.json").read_text()) for row in ("mmdit", "unet"))
+    b["stamp"] = {"protocol": {**STAMP["protocol"], "seed": 2}, "inference": {"sampling.num_steps": 50}}
+    with pytest.raises(ValueError, match=r"protocol.seed: 1 and 2.*inference.sampling.num_steps: 20 and 50"):
+        check_comparable(a, b)
+    with pytest.raises(ValueError, match=r"protocol\.seed") as refused:
+        check_comparable(a, b, varies=("sampling", "protocol"))  # a protocol cannot be varied
+    assert "num_steps" not in str(refused.value)
+    (study / "unet-s0/eval/tiny-000000003000.json").write_text(json.dumps(b))
+    assert any("not comparable" in sentence for sentence in verdict(read_study(study)))
+
+
+def test_a_comparison_is_paired_by_prompt(study):
+    a, b = (json.loads((study / f"{row}-s0/eval/tiny-000000003000.json").read_text()) for row in ("mmdit", "unet"))
+    found = compare(a, b)["seen"]["all_correct"]
+    x, y = (np.array(r["splits"]["seen"]["per_image"]["all_correct"]) for r in (a, b))
+    assert found["value"] == pytest.approx((x - y).mean())
+    assert found["low"] <= found["value"] <= found["high"]
+    assert compare(a, a)["seen"]["all_correct"]["value"] == 0
+
+
+def test_a_folder_without_a_study_says_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run the study first"):
+        read_study(tmp_path)
+
+
+def test_the_study_in_the_page_can_be_run_again(study):
+    page = html(read_study(study))
+    text = re.search(r"<summary>Study</summary><pre>(.*?)</pre>", page, re.S).group(1)
+    assert yaml.safe_load(text)["rows"]["unet"] == {"model": {"name": "unet"}}
