@@ -93,5 +93,7 @@ def describe(config: RunConfig) -> str:
         "memory": f"about {costs.memory / 2**30:.2f} GiB for the denoiser at most (encoders and data come on top)",
     }
     if train.warmup_images >= total_images(config):
-        rows["warning"] = f"warm-up of {train.warmup_images:,} images is as long as the run; the full lr is never reached"
+        rows["warning"] = (
+            f"warm-up of {train.warmup_images:,} images is as long as the run; the full lr is never reached"
+        )
     return "\n".join(f"{key:>15}  {value}" for key, value in rows.items())

@@ -116,6 +116,8 @@ def train_vae(
     lr: float = 2e-3,
     ema_decay: float = 0.999,
     seed: int = 0,
+    init: Path | None = None,
+    stage: str = "main",
     snapshot_every: int = 500,
     config: VAEConfig = TINY_VAE,
 ) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from tqdm import tqdm
 
@@ -124,6 +125,7 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
     """
     run_dir = Path(run_dir)
     hardware = configure_cpu()
+    AcceleratorState._reset_state()  # a singleton that would refuse a second run of another precision in one process
     accelerator = Accelerator(mixed_precision="bf16" if config.train.precision == "bf16" else "no")
     if accelerator.num_processes != config.train.num_processes:
         raise ConfigError(
