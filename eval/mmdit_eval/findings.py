@@ -205,7 +205,7 @@ def verdict(files: Files) -> list[str]:
                 parts.append(f"{row} {shown(score, value['value'])}" + (f" [{interval}]" if interval else ""))
         top = ceiling_value(files, split, score)
         limit = f"; true pictures through the VAE: {shown(score, top)}" if top is not None else ""
-        sentences.append(f"{style.label.capitalize()}, {SPLITS[split]}: {', '.join(parts)}{limit}.")
+        sentences.append(f"{style.label[0].upper()}{style.label[1:]}, {SPLITS[split]}: {', '.join(parts)}{limit}.")
     problem = incomparable(files)
     if problem:
         return [*sentences, f"The rows are not comparable: {problem}"]

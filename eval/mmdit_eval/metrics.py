@@ -20,7 +20,7 @@ from mmdit.diffusion.loss import equidistant_levels, loss_by_level
 from mmdit.encoders.vae import to_pixels
 from mmdit.pipeline import TextToImage
 from mmdit_eval.clip_score import clip_scores
-from mmdit_eval.features import Extractor, extract, load_extractor, tiny_clip
+from mmdit_eval.features import Extractor, extract, tiny_clip
 from mmdit_eval.frechet import FloatArray, frechet_distance
 from mmdit_eval.kernel import cmmd, kernel_distance
 from mmdit_eval.statistics import Estimate, jackknife_interval, mean_interval, wilson_interval
@@ -130,9 +130,9 @@ def _composition(drawn: Drawn) -> Measured:
 
 def _clip_score(drawn: Drawn) -> Measured:
     """Score each picture against its own prompt by the tiny CLIP."""
-    images = extract(load_extractor("tiny_clip"), drawn.images, drawn.suite.batch_size)
-    text = tiny_clip().text_features(drawn.prompts.captions)
-    values = clip_scores(images, text.double().cpu().numpy())
+    clip = tiny_clip()
+    images, text = clip.image_embeds(drawn.images), clip.text_embeds(drawn.prompts.captions)
+    values = clip_scores(images.double().cpu().numpy(), text.double().cpu().numpy())
     return Measured({"clip_score": mean_interval(values)}, {"clip_score": [round(float(v), 4) for v in values]})
 
 

@@ -88,9 +88,8 @@ def loss_figure(
     axes[1].set_xlabel("t (0 data, 1 noise)")
     axes[1].set_ylabel("validation loss at t")
     axes[1].set_xlim(0, 1.03)
-    for axis in axes:
-        axis.yaxis.set_major_formatter(_plain())
-        axis.yaxis.set_minor_formatter(_plain())
+    axes[0].yaxis.set_major_formatter(_plain())
+    axes[0].yaxis.set_minor_formatter(_plain())
     _legend(figure, axes[1], colours, [s for s, d in (("seen", by_level), ("heldout", heldout_by_level)) if d], False)
     return _png(figure)
 
@@ -145,7 +144,9 @@ def _legend(figure: Any, axis: Any, colours: Mapping[str, str], splits: Sequence
         handles += [Line2D([], [], color="#30343b", linestyle=SPLIT_STYLES[s], label=SPLIT_NAMES[s]) for s in splits]
     if ceiling:
         handles.append(Line2D([], [], color=CEILING, linewidth=1, label="ceiling (true pictures through the VAE)"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9.5, handlelength=2.4)
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9.5, handlelength=2.4, frameon=False
+    )
 
 
 def _png(figure: Any) -> str:
