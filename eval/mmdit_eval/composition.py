@@ -94,7 +94,9 @@ def _read_object(
     # the part of each pixel that the object covers; its blurred rim lies up to 2 pixels outside the component
     reach = ndimage.binary_dilation(here, iterations=2, structure=np.ones((3, 3)))
     reach &= ~ndimage.binary_dilation((labels[rows, columns] > 0) & ~here, structure=np.ones((3, 3)))
-    cover = np.where(reach, near @ direction / (direction @ direction), 0.0)
+    cover = np.where(reach, near @ direction / max(float(direction @ direction), 1.0), 0.0)
+    if cover.max() <= 0.0:  # no palette colour lies in this direction, as in pictures of an untrained denoiser
+        cover = here.astype(np.float64)
 
     area = float(cover.sum())
     weights = np.clip(cover, 0.0, 1.0)
@@ -119,7 +121,7 @@ def _nearest_colour(offset: np.ndarray, background: np.ndarray) -> tuple[str, fl
         (name, remaining distance, palette colour minus background).
     """
     directions = _PALETTE - background
-    share = np.clip((directions @ offset) / (directions**2).sum(axis=1), 0.6, 1.05)
+    share = np.clip((directions @ offset) / np.maximum((directions**2).sum(axis=1), 1.0), 0.6, 1.05)
     errors = np.sqrt(((offset - share[:, None] * directions) ** 2).sum(axis=1))
     best = int(errors.argmin())
     return tuple(COLOURS)[best], float(errors[best]), directions[best]

@@ -1,0 +1,128 @@
+"""Contracts of every extractor and metric in the tables; a new one is tested by being registered."""
+
+import warnings
+
+import numpy as np
+import pytest
+from mmdit_eval.features import EXTRACTORS, extract, load_extractor
+from mmdit_eval.metrics import METRICS, Drawn, Measured, Reference
+from mmdit_eval.scores import SCORES
+from mmdit_eval.suite import check_suite, measure
+
+from mmdit.config import ConfigError, RunConfig, ShapesConfig, SuiteConfig, resolve
+from mmdit.data import make_dataset
+from mmdit.data.shapes import COLOURS
+
+COUNT = 12
+# what a metric must say of true pictures beside themselves
+KNOWN = {"colour": 1, "shape": 1, "count": 1, "relation": 1, "all_correct": 1, "unreadable": 0, "frechet": 0, "cmmd": 0}
+OF_SHAPES = [name for name, metric in METRICS.items() if metric.data in (None, "shapes")]
+
+
+def images(count=COUNT):
+    return make_dataset(ShapesConfig(), "seen").pixels(np.arange(count))
+
+
+def reference(extractor="pixel_statistics", count=COUNT, batch_size=128):
+    dataset = make_dataset(ShapesConfig(), "seen")
+    indices = np.arange(count)
+    return Reference(
+        "seen",
+        dataset,
+        indices,
+        dataset.captions(indices),
+        dataset.pixels(indices),
+        load_extractor(extractor),
+        batch_size,
+    )
+
+
+def drawn(pictures, **fields):
+    true = reference(batch_size=fields.pop("batch_size", 128))
+    return Drawn(pictures, true, true, SuiteConfig(extractor="pixel_statistics", batch_size=true.batch_size, **fields))
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_an_extractor_gives_finite_features_of_its_width_whatever_the_batch(name):
+    extractor = load_extractor(name)
+    pictures = images()
+    features = extract(extractor, pictures)
+    assert features.shape == (COUNT, extractor.width)
+    assert np.isfinite(features).all()
+    assert features.std(0).max() > 0
+    assert extract(extractor, pictures, batch_size=5) == pytest.approx(features, abs=1e-5)
+    assert extract(extractor, pictures[:0]).shape == (0, extractor.width)
+    assert extractor.hash == load_extractor(name).hash
+    assert extractor.resize
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_an_extractor_takes_other_sizes_and_refuses_what_is_no_picture(name):
+    extractor = load_extractor(name)
+    assert extract(extractor, np.zeros((2, 32, 48, 3), dtype=np.uint8)).shape == (2, extractor.width)
+    with pytest.raises(ValueError, match="uint8"):
+        extract(extractor, np.zeros((2, 64, 64, 3), dtype=np.float32))
+
+
+@pytest.mark.parametrize("name", OF_SHAPES)
+def test_a_metric_of_true_pictures_has_its_known_value_and_is_shown(name):
+    measured = METRICS[name].function(drawn(images()))
+    assert isinstance(measured, Measured)
+    for score, estimate in measured.scores.items():
+        assert np.isfinite(estimate["value"])
+        assert score in SCORES
+        if estimate["low"] is not None:
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
+        if score in KNOWN:
+            assert estimate["value"] == pytest.approx(KNOWN[score], abs=1e-6)
+    for values in measured.per_image.values():
+        assert len(values) == COUNT
+
+
+@pytest.mark.parametrize("name", OF_SHAPES)
+def test_a_metric_does_not_depend_on_the_batch_size(name):
+    pictures = images()[::-1].copy()
+    whole = METRICS[name].function(drawn(pictures))
+    parts = METRICS[name].function(drawn(pictures, batch_size=5))
+    for score, estimate in whole.scores.items():
+        assert parts.scores[score]["value"] == pytest.approx(estimate["value"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", OF_SHAPES)
+def test_a_metric_survives_pictures_of_an_untrained_denoiser(name):
+    random = np.random.default_rng(0)
+    flat = np.stack([np.full((64, 64, 3), colour, dtype=np.uint8) for colour in list(COLOURS.values())[:4]])
+    spots = flat.copy()
+    spots[:, 20:40, 20:40] = 3  # darker than any colour of the palette, on a background that is one
+    pictures = np.concatenate([flat, spots, random.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        measured = METRICS[name].function(drawn(pictures))
+    assert all(np.isfinite(estimate["value"]) for estimate in measured.scores.values())
+
+
+def test_swapped_pictures_score_worse_than_right_ones():
+    right, wrong = (measure(drawn(p, metrics=("composition", "frechet"))) for p in (images(), images()[::-1].copy()))
+    assert wrong["scores"]["all_correct"]["value"] < 0.5 < right["scores"]["all_correct"]["value"]
+    assert wrong["scores"]["frechet"]["value"] == pytest.approx(0, abs=1e-6)  # a distance of sets sees no prompts
+
+
+def test_relation_is_asked_of_pairs_alone_and_wrong_relations_spoil_all_correct():
+    true = reference()
+    scenes = true.dataset.scenes(true.indices)
+    mirrored = np.stack([p[:, ::-1] if s.relation == "left" else p for p, s in zip(true.images, scenes, strict=True)])
+    found = METRICS["composition"].function(drawn(mirrored))
+    for i, scene in enumerate(scenes):
+        if scene.relation is None:
+            assert found.per_image["relation"][i] is None
+        elif scene.relation == "left":
+            assert found.per_image["relation"][i] == 0.0
+            assert found.per_image["all_correct"][i] == 0.0
+
+
+def test_a_suite_that_the_data_cannot_serve_is_refused_by_name():
+    run: RunConfig = resolve({"data": {"name": "images", "source": "folder", "resolution": 64}})
+    with pytest.raises(ConfigError, match=r"'composition' needs data\.name 'shapes'"):
+        check_suite(SuiteConfig(metrics=("composition",)), run)
+    with pytest.raises(ConfigError, match="did you mean 'frechet'"):
+        check_suite(SuiteConfig(metrics=("frechett",)), run)
