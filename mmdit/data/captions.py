@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mmdit.data.shapes import Scene
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-CLIP_TOKENS = 77
+FILLED = 74  # words before the closing sentence, which has three or more before its object: with the start token, 77
 RELATION_WORDS = {"left": ("to the left of", "to the right of"), "above": ("above", "below")}
 _PLACES = {"left": ("left", "right"), "above": ("top", "bottom")}
 
@@ -99,11 +99,16 @@ def long_caption(scene: Scene) -> str:
         first_is_many = len(groups[1]) > 1
         closing = f"The rest {'are' if first_is_many or len(phrases) > 2 else 'is'} {joined(phrases[1:])}."
     sentences = [opening, _BACKGROUND_SENTENCES[scene.filler % 3].format(background=scene.background)]
-    # a walk with a step coprime to the table's length never repeats a sentence
+    # a walk with a step coprime to the table's length visits every sentence once
     position, stride = scene.filler // 3 % len(_FILLER), (1, 3, 7, 9)[scene.filler // 97 % 4]
-    while sum(map(count_words, sentences)) < CLIP_TOKENS:
-        sentences.append(_FILLER[position])
-        position = (position + stride) % len(_FILLER)
+    walk = [_FILLER[(position + k * stride) % len(_FILLER)] for k in range(len(_FILLER))]
+    missing = FILLED - sum(map(count_words, sentences))
+    while missing > 0:
+        # the shortest sentence that will do ends the filler: T5's 154 tokens must hold the whole caption
+        enough = [sentence for sentence in walk if count_words(sentence) >= missing]
+        walk.remove(chosen := min(enough, key=count_words) if enough else walk[0])
+        sentences.append(chosen)
+        missing -= count_words(chosen)
     return " ".join([*sentences, closing])
 
 

@@ -49,7 +49,7 @@ HELDOUT_BINDINGS: frozenset[tuple[str, str]] = frozenset(
     {("red", "star"), ("blue", "circle"), ("green", "cross"), ("yellow", "square")}
 )
 EVALUATION_SCENES = 10_000  # length of val, seen and heldout; they are drawn on demand and cost nothing
-_VERSION = 1  # raise whenever a scene, its picture or its caption changes
+_VERSION = 2  # raise whenever a scene, its picture or its caption changes
 
 
 def _star() -> list[tuple[float, float]]:
