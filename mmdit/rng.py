@@ -41,7 +41,9 @@ def generator(seed: int, purpose: Purpose, index: int = 0, step: int = 0) -> np.
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def normal(seed: int, purpose: Purpose, indices: Sequence[int], shape: Sequence[int], step: int = 0) -> np.ndarray:
+def normal(
+    seed: int, purpose: Purpose, indices: Sequence[int] | np.ndarray, shape: Sequence[int], step: int = 0
+) -> np.ndarray:
     """Draw standard normal noise, float32, [len(indices), *shape]; row i depends on indices[i] alone."""
     out = np.empty((len(indices), *shape), dtype=np.float32)
     for row, index in enumerate(indices):
@@ -50,7 +52,7 @@ def normal(seed: int, purpose: Purpose, indices: Sequence[int], shape: Sequence[
 
 
 def uniform(
-    seed: int, purpose: Purpose, indices: Sequence[int], shape: Sequence[int] = (), step: int = 0
+    seed: int, purpose: Purpose, indices: Sequence[int] | np.ndarray, shape: Sequence[int] = (), step: int = 0
 ) -> np.ndarray:
     """Draw uniforms in [0, 1), float64, [len(indices), *shape]; row i depends on indices[i] alone."""
     out = np.empty((len(indices), *shape), dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Draw images with a trained run: python scripts/sample.py runs/quickstart-s0 --prompt "a red circle above a blue square".
+"""Draw images with a trained run: python scripts/sample.py runs/quickstart-s0 --prompt "a red circle".
 
 Writes one PNG per image (settings in its metadata) and, for several, a grid.
 """

@@ -85,7 +85,8 @@ def describe(config: RunConfig) -> str:
         "run": f"{config.name}, seed {config.seed}",
         "backbone": f"{config.model.name}{f' ({config.model.preset})' if config.model.preset else ''}",
         "parameters": f"{costs.parameters:,}",
-        "FLOP per image": f"{costs.forward_flop / 1e9:.3f} GFLOP forward, {costs.training_flop / 1e9:.3f} GFLOP training",
+        "FLOP per image": f"{costs.forward_flop / 1e9:.3f} GFLOP forward, "
+        f"{costs.training_flop / 1e9:.3f} GFLOP training",
         "tokens": f"{costs.image_tokens} image (latent positions for a U-Net), {costs.text_tokens} text in the longest "
         f"of {_CAPTIONS} captions, padding {config.encoders.padding}",
         "steps": f"{costs.steps:,} updates of {train.batch_size} images = {total_images(config):,} images",

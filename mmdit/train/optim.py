@@ -17,7 +17,8 @@ def build_optimizer(denoiser: nn.Module, config: TrainConfig) -> torch.optim.Ada
     Weight decay acts on weights of linear layers and convolutions only: not on norms, biases and embeddings.
     """
     embeddings = {id(p) for m in denoiser.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in denoiser.named_parameters():
         if parameter.requires_grad:
             spared = parameter.ndim < 2 or id(parameter) in embeddings or "pos_embed" in name

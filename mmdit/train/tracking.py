@@ -70,7 +70,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def describe_environment() -> dict[str, Any]:
     """Return commit, versions, hardware and command: what one needs to run this again."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -143,7 +143,7 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
         restore(run, checkpoint)
     if main:
         write_environment(run_dir, settings=hardware)
-        run.metrics = Metrics(run_dir, checkpoint and run.images_seen, config.train.tensorboard)
+        run.metrics = Metrics(run_dir, run.images_seen if checkpoint else None, config.train.tensorboard)
         run.log("event", event="resume" if checkpoint else "start", parameters=count_parameters(run.module))
     with interruptible(accelerator) as should_stop:
         try:
