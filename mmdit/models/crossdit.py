@@ -16,9 +16,22 @@ from torch import Tensor, nn
 from mmdit.config import CrossDiTConfig
 from mmdit.denoiser import Conditioning, attention_records, check_inputs, skipped_layers
 from mmdit.models.layers import (
-    MLP, FinalLayer, Modulation, PatchEmbed, RMSNorm, VectorEmbedder, attention, attention_weights, initialize,
-    merge_heads, modulate, norm, split_heads, timestep_embedding, unpatchify,
-)  # fmt: skip
+    MLP,
+    FinalLayer,
+    Modulation,
+    PatchEmbed,
+    RMSNorm,
+    VectorEmbedder,
+    attention,
+    attention_weights,
+    initialize,
+    merge_heads,
+    modulate,
+    norm,
+    split_heads,
+    timestep_embedding,
+    unpatchify,
+)
 from mmdit.models.posembed import crop_center, position_table
 
 
@@ -35,9 +48,7 @@ class CrossDiT(nn.Module):
         self.context_embedder = nn.Linear(config.context_dim, width)
         self.blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch_size, config.out_channels)
-        self.register_buffer(
-            "pos_embed", position_table(width, config.pos_embed_max_size, config.pos_embed_base_size)
-        )
+        self.register_buffer("pos_embed", position_table(width, config.pos_embed_max_size, config.pos_embed_base_size))
         initialize(self)
 
     def forward(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -72,6 +83,7 @@ class CrossDiT(nn.Module):
         rows, columns = latents.shape[2] // P, latents.shape[3] // P
         skipped, records = skipped_layers(self), attention_records(self)
 
+        # fmt: off
         x = self.x_embedder(latents) + crop_center(self.pos_embed, rows, columns)  # [B, N, D]
         context = self.context_embedder(norm(conditioning.context))                # [B, L, D]
         c = self.t_embedder(timestep_embedding(timestep))                          # [B, D]
@@ -85,6 +97,7 @@ class CrossDiT(nn.Module):
                 x = x + residuals[i * len(residuals) // config.depth]
 
         return unpatchify(self.final_layer(x, c), rows, P)                         # [B, C, H, W]
+        # fmt: on
 
     def unused_parameters(self) -> dict[str, str]:
         """Name the parameters that get no gradient: none."""
@@ -123,7 +136,7 @@ class SelfAttention(nn.Module):
         self.ln_q, self.ln_k = _qk_norms(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = split_heads(self.qkv(x), self.num_heads, 3)            # [B, A, N, K]
+        q, k, v = split_heads(self.qkv(x), self.num_heads, 3)  # [B, A, N, K]
         return self.proj(merge_heads(attention(self.ln_q(q), self.ln_k(k), v)))
 
 
@@ -139,11 +152,11 @@ class CrossAttention(nn.Module):
         self.ln_q, self.ln_k = _qk_norms(config)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, weights: list[Tensor] | None) -> Tensor:
-        (q,) = split_heads(self.q(x), self.num_heads, 1)                 # [B, A, N, K]
-        k, v = split_heads(self.kv(context), self.num_heads, 2)          # [B, A, L, K]
+        (q,) = split_heads(self.q(x), self.num_heads, 1)  # [B, A, N, K]
+        k, v = split_heads(self.kv(context), self.num_heads, 2)  # [B, A, L, K]
         q, k = self.ln_q(q), self.ln_k(k)
         if weights is not None:
-            weights.append(attention_weights(q, k, mask))                # [B, A, N, L]
+            weights.append(attention_weights(q, k, mask))  # [B, A, N, L]
         return self.proj(merge_heads(attention(q, k, v, mask)))
 
 

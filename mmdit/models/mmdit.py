@@ -17,9 +17,22 @@ from torch import Tensor, nn
 from mmdit.config import MMDiTConfig
 from mmdit.denoiser import Conditioning, attention_records, check_inputs, skipped_layers
 from mmdit.models.layers import (
-    MLP, FinalLayer, Modulation, PatchEmbed, RMSNorm, VectorEmbedder, attention, attention_weights, initialize,
-    merge_heads, modulate, norm, split_heads, timestep_embedding, unpatchify,
-)  # fmt: skip
+    MLP,
+    FinalLayer,
+    Modulation,
+    PatchEmbed,
+    RMSNorm,
+    VectorEmbedder,
+    attention,
+    attention_weights,
+    initialize,
+    merge_heads,
+    modulate,
+    norm,
+    split_heads,
+    timestep_embedding,
+    unpatchify,
+)
 from mmdit.models.posembed import crop_center, position_table
 
 
@@ -36,9 +49,7 @@ class MMDiT(nn.Module):
         self.context_embedder = nn.Linear(config.context_dim, width)
         self.joint_blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch_size, config.out_channels)
-        self.register_buffer(
-            "pos_embed", position_table(width, config.pos_embed_max_size, config.pos_embed_base_size)
-        )
+        self.register_buffer("pos_embed", position_table(width, config.pos_embed_max_size, config.pos_embed_base_size))
         initialize(self)
 
     def forward(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -76,6 +87,7 @@ class MMDiT(nn.Module):
         rows, columns = latents.shape[2] // P, latents.shape[3] // P
         skipped, records = skipped_layers(self), attention_records(self)
 
+        # fmt: off
         x = self.x_embedder(latents) + crop_center(self.pos_embed, rows, columns)  # [B, N, D]
         context = self.context_embedder(conditioning.context)                      # [B, L, D]
         c = self.t_embedder(timestep_embedding(timestep))                          # [B, D]
@@ -90,6 +102,7 @@ class MMDiT(nn.Module):
                 x = x + residuals[i * len(residuals) // config.depth]
 
         return unpatchify(self.final_layer(x, c), rows, P)                         # [B, C, H, W]
+        # fmt: on
 
     def unused_parameters(self) -> dict[str, str]:
         """Name the parameters that get no gradient, or none in part, with the reason.
@@ -135,7 +148,7 @@ class JointBlock(nn.Module):
         text_q, text_k, text_v, text_modulation = self.context_block.read(context, c)
         q, k, v, modulation = self.x_block.read(x, c)
 
-        joint_k = torch.cat([text_k, k], dim=2)                          # [B, A, L + N, K]
+        joint_k = torch.cat([text_k, k], dim=2)  # [B, A, L + N, K]
         joint_v = torch.cat([text_v, v], dim=2)
         if weights is not None:
             weights.append(attention_weights(q, joint_k, mask)[..., :L])
@@ -143,7 +156,7 @@ class JointBlock(nn.Module):
         if text_q is None:
             return context, self.x_block.write(x, attention(q, joint_k, joint_v, mask), modulation)
         joint_q = torch.cat([text_q, q], dim=2)
-        mixed = attention(joint_q, joint_k, joint_v, mask)               # [B, A, L + N, K]
+        mixed = attention(joint_q, joint_k, joint_v, mask)  # [B, A, L + N, K]
         context = self.context_block.write(context, mixed[:, :, :L], text_modulation)
         x = self.x_block.write(x, mixed[:, :, L:], modulation)
         return context, x
@@ -170,7 +183,7 @@ class StreamBlock(nn.Module):
         if self.dual:
             *rest, shift2, scale2, gate2 = rest
             own = attention(*self.attn2.project(modulate(normed, shift2, scale2)))
-            rest += [gate2 * self.attn2.proj(merge_heads(own))]           # added by `write`, after the joint attention
+            rest += [gate2 * self.attn2.proj(merge_heads(own))]  # added by `write`, after the joint attention
         return q, k, v, tuple(rest)
 
     def write(self, x: Tensor, mixed: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
