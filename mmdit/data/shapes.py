@@ -49,7 +49,7 @@ HELDOUT_BINDINGS: frozenset[tuple[str, str]] = frozenset(
     {("red", "star"), ("blue", "circle"), ("green", "cross"), ("yellow", "square")}
 )
 EVALUATION_SCENES = 10_000  # length of val, seen and heldout; they are drawn on demand and cost nothing
-_VERSION = 2  # raise whenever a scene, its picture or its caption changes
+_VERSION = 3  # raise whenever a scene, its picture or its caption changes
 
 
 def _star() -> list[tuple[float, float]]:
@@ -198,7 +198,7 @@ def draw_scene(seed: int, index: int, split: str, max_objects: int = 2) -> Scene
     for look in looks:  # equal objects are equally large: "three small red circles"
         if look not in chosen:
             chosen[look] = (("small", "large")[int(random.integers(2))], bool(random.random() < 0.5))
-    radii = [_quarter(random.uniform(*SIZES[chosen[look][0]])) for look in looks]
+    radii = [_eighth(random.uniform(*SIZES[chosen[look][0]])) for look in looks]
     centres = _place(random, radii, relation)
     objects = tuple(
         SceneObject(look[0], look[1], chosen[look][0], x, y, radius, chosen[look][1])
@@ -224,9 +224,9 @@ def _look(random: np.random.Generator) -> tuple[str, str]:
             return look
 
 
-def _quarter(value: float) -> float:
-    """Round to quarter pixels, so that the drawn masks can be kept."""
-    return round(4 * value) / 4
+def _eighth(value: float) -> float:
+    """Round to eighths of a pixel: fine enough for 32,000 pictures to differ, coarse enough to keep drawn masks."""
+    return round(8 * value) / 8
 
 
 def _place(random: np.random.Generator, radii: Sequence[float], relation: str | None) -> list[tuple[float, float]]:
@@ -235,7 +235,7 @@ def _place(random: np.random.Generator, radii: Sequence[float], relation: str | 
         edge = [radius + MARGIN for radius in radii]
         drawn = random.random((len(radii), 2))
         centres = [
-            (_quarter(e + u * (RESOLUTION - 2 * e)), _quarter(e + v * (RESOLUTION - 2 * e)))
+            (_eighth(e + u * (RESOLUTION - 2 * e)), _eighth(e + v * (RESOLUTION - 2 * e)))
             for e, (u, v) in zip(edge, drawn.tolist(), strict=True)
         ]
         if relation is not None:
@@ -283,7 +283,7 @@ def _grid(random: np.random.Generator, radii: Sequence[float], relation: str | N
     shake = random.uniform(-1, 1, (len(radii), 2)).tolist()
     room = [SIZES["large"][1] - radius for radius in radii]
     return [
-        (_quarter(lines[cell % 3] + r * u), _quarter(lines[cell // 3] + r * v))
+        (_eighth(lines[cell % 3] + r * u), _eighth(lines[cell // 3] + r * v))
         for cell, r, (u, v) in zip(cells, room, shake, strict=True)
     ]
 
