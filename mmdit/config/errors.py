@@ -1,0 +1,104 @@
+"""Every problem of a config as one line: source, dotted path, what was got, the nearest valid name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args, get_origin
+
+from pydantic import ValidationError
+
+from mmdit.config.parts import Config
+from mmdit.registry import nearest, unknown
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message says where, what was got and what was expected."""
+
+
+def validate(cls: type[Any], tree: Mapping[str, Any], source: str) -> Any:
+    """Validate a tree; every problem is one line: source, dotted path, what was got, what is valid."""
+    try:
+        return cls.model_validate(dict(tree))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False):
+            lines.append(f"{source}: {_describe(cls, dict(tree), problem)}")
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _describe(cls: type[Config], tree: Any, problem: Mapping[str, Any]) -> str:
+    location, kind = list(problem["loc"]), problem["type"]
+    # pydantic puts the tag of a union into the location: leave out what is no key of the tree
+    keys: list[Any] = []
+    node = tree
+    for part in location:
+        if isinstance(node, Mapping) and part not in node and part in ("mmdit", "crossdit", "unet", *_VARIANTS):
+            continue
+        keys.append(part)
+        node = node.get(part) if isinstance(node, Mapping) else None
+    path = ".".join(str(k) for k in keys) or "(whole config)"
+    if kind == "extra_forbidden":
+        fields = _fields_at(cls, tree, keys[:-1])
+        guess = nearest(str(keys[-1]), fields)
+        everywhere = sorted(_all_paths(cls))
+        if guess is None:
+            guess = next((p for p in everywhere if p.split(".")[-1] == str(keys[-1])), None)
+        hint = (
+            f"; did you mean {'.'.join([*map(str, keys[:-1]), guess]) if guess in fields else guess!r}?"
+            if guess
+            else ""
+        )
+        return f"{path}: unknown field{hint} Valid here: {', '.join(fields)}"
+    if kind in ("literal_error", "union_tag_invalid"):
+        expected = problem["ctx"].get("expected") or problem["ctx"].get("expected_tags", "")
+        names = [name.strip(" '") for name in str(expected).replace(" or ", ",").split(",")]
+        given = problem["input"].get("name") if isinstance(problem["input"], Mapping) else problem["input"]
+        return f"{path}: {unknown('value', str(given), names)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{path}: {message}"
+    return f"{path}: {message}, got {problem['input']!r}"
+
+
+_VARIANTS = (
+    "rectified_flow",
+    "variance_preserving",
+    "uniform",
+    "logit_normal",
+    "mode",
+    "cosmap",
+    "shapes",
+    "emoji",
+    "images",
+)
+
+
+def _members(annotation: Any) -> list[type[Config]]:
+    """The config classes inside an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [member for arg in get_args(annotation) for member in _members(arg)] if get_origin(annotation) else []
+
+
+def _fields_at(cls: type[Config], tree: Any, keys: Iterable[Any]) -> list[str]:
+    """The valid field names of the class that stands at a path of the tree."""
+    here, node = cls, tree
+    for key in keys:
+        field = here.model_fields.get(str(key))
+        members = _members(field.annotation) if field is not None else []
+        if not members:
+            return []
+        node = node.get(key, {}) if isinstance(node, Mapping) else {}
+        name = node.get("name") if isinstance(node, Mapping) else None
+        named = [m for m in members if "name" in m.model_fields and m.model_fields["name"].default == name]
+        here = named[0] if named else members[0]
+    return list(here.model_fields)
+
+
+def _all_paths(cls: type[Config], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in cls.model_fields.items():
+        paths.append(prefix + name)
+        for member in _members(field.annotation):
+            paths += _all_paths(member, f"{prefix}{name}.")
+    return paths

@@ -1,0 +1,355 @@
+"""The parts of a run: one frozen class per room, each with its defaults and its own checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Config(BaseModel):
+    """Frozen, and no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# --- backbones --------------------------------------------------------------------------------------------------
+
+
+class MMDiTConfig(Config):
+    """MMDiT. Defaults: SD3-medium. Source: Esser et al. 2024, arXiv:2403.03206, and the released shapes."""
+
+    name: Literal["mmdit"] = "mmdit"
+    preset: str | None = None
+    in_channels: PositiveInt = 16
+    out_channels: PositiveInt = 16
+    patch_size: PositiveInt = 2
+    depth: PositiveInt = 24
+    width: PositiveInt = 1536
+    num_heads: PositiveInt = 24
+    mlp_ratio: PositiveFloat = 4.0
+    context_dim: PositiveInt = 4096
+    pooled_dim: PositiveInt = 2048
+    qk_norm: Literal["rms"] | None = None
+    dual_attention_layers: tuple[NonNegativeInt, ...] = ()
+    pos_embed_max_size: PositiveInt = 192  # patches per side of the stored table
+    pos_embed_base_size: PositiveInt = 64  # patches per side that span 16 units of position (arXiv:2403.03206, 5.3.2)
+
+    @model_validator(mode="after")
+    def _fits(self) -> MMDiTConfig:
+        _check_heads(self.width, self.num_heads)
+        wrong = [i for i in self.dual_attention_layers if i >= self.depth]
+        if wrong:
+            raise ValueError(f"dual_attention_layers {wrong} do not exist; depth is {self.depth}")
+        return self
+
+
+class CrossDiTConfig(Config):
+    """DiT with cross-attention to the concatenated context, adaLN from time and pooled text."""
+
+    name: Literal["crossdit"] = "crossdit"
+    preset: str | None = None
+    in_channels: PositiveInt = 16
+    out_channels: PositiveInt = 16
+    patch_size: PositiveInt = 2
+    depth: PositiveInt = 24
+    width: PositiveInt = 1536
+    num_heads: PositiveInt = 24
+    mlp_ratio: PositiveFloat = 4.0
+    context_dim: PositiveInt = 4096
+    pooled_dim: PositiveInt = 2048
+    qk_norm: Literal["rms"] | None = None
+    pos_embed_max_size: PositiveInt = 192
+    pos_embed_base_size: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _fits(self) -> CrossDiTConfig:
+        _check_heads(self.width, self.num_heads)
+        return self
+
+
+class UNetConfig(Config):
+    """U-Net of SD1.x and SDXL. Defaults: SD1.5 with 64-channel heads. Source: Rombach et al. 2022, arXiv:2112.10752."""
+
+    name: Literal["unet"] = "unet"
+    preset: str | None = None
+    in_channels: PositiveInt = 4
+    out_channels: PositiveInt = 4
+    model_channels: PositiveInt = 320
+    channel_mult: tuple[PositiveInt, ...] = (1, 2, 4, 4)
+    num_res_blocks: PositiveInt = 2
+    transformer_depth: tuple[NonNegativeInt, ...] = (1, 1, 1, 0)  # per stage; 0 = no attention at that stage
+    middle_transformer_depth: NonNegativeInt = 1
+    head_dim: PositiveInt = 64  # ignored where num_heads is given
+    num_heads: PositiveInt | None = None  # fixed count of heads in every stage (SD1.5: 8)
+    linear_projection: bool = False  # proj_in / proj_out of the transformers: Linear (SDXL) or 1x1 convolution
+    ff_mult: PositiveFloat = 4.0
+    context_dim: PositiveInt = 768
+    pooled_dim: PositiveInt | None = None  # None: text enters by cross-attention alone
+    norm_groups: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def _fits(self) -> UNetConfig:
+        if len(self.transformer_depth) != len(self.channel_mult):
+            raise ValueError(
+                f"transformer_depth has {len(self.transformer_depth)} entries, channel_mult {len(self.channel_mult)}; "
+                f"give one number per stage"
+            )
+        for stage, (mult, depth) in enumerate(zip(self.channel_mult, self.transformer_depth, strict=True)):
+            channels = mult * self.model_channels
+            if channels % self.norm_groups:
+                raise ValueError(
+                    f"stage {stage} has {channels} channels, not a multiple of norm_groups={self.norm_groups}"
+                )
+            heads = self.num_heads or max(1, channels // self.head_dim)
+            if depth and channels % heads:
+                raise ValueError(f"stage {stage} has {channels} channels, not divisible into {heads} heads")
+            if depth and self.num_heads is None and channels % self.head_dim:
+                raise ValueError(f"stage {stage} has {channels} channels, not a multiple of head_dim={self.head_dim}")
+        return self
+
+
+ModelConfig = Annotated[MMDiTConfig | CrossDiTConfig | UNetConfig, Field(discriminator="name")]
+
+
+def _check_heads(width: int, num_heads: int) -> None:
+    if width % num_heads or (width // num_heads) % 2:
+        raise ValueError(f"width {width} does not split into {num_heads} heads of even size; choose a multiple")
+    if width % 4:
+        raise ValueError(f"width {width} is not a multiple of 4, which the 2-D position grid needs")
+
+
+# --- diffusion --------------------------------------------------------------------------------------------------
+
+
+class RectifiedFlowConfig(Config):
+    """alpha = 1 - t, sigma = t, after the shift t -> s t / (1 + (s - 1) t). arXiv:2403.03206, Eq. 23."""
+
+    name: Literal["rectified_flow"] = "rectified_flow"
+    shift: PositiveFloat = 1.0
+
+
+class VariancePreservingConfig(Config):
+    """DDPM. Defaults: the betas of Stable Diffusion. Source: Ho et al. 2020, arXiv:2006.11239."""
+
+    name: Literal["variance_preserving"] = "variance_preserving"
+    betas: Literal["linear", "scaled_linear", "cosine", "constant"] = "scaled_linear"
+    beta_start: PositiveFloat = 0.00085
+    beta_end: PositiveFloat = 0.012
+    num_steps: PositiveInt = 1000
+
+    @model_validator(mode="after")
+    def _fits(self) -> VariancePreservingConfig:
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"need 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}")
+        return self
+
+
+class UniformConfig(Config):
+    """t uniform on (0, 1)."""
+
+    name: Literal["uniform"] = "uniform"
+
+
+class LogitNormalConfig(Config):
+    """t = sigmoid(u), u normal. arXiv:2403.03206, Eq. 19; mean > 0 biases towards noise."""
+
+    name: Literal["logit_normal"] = "logit_normal"
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+
+
+class ModeConfig(Config):
+    """Mode sampling with heavy tails. arXiv:2403.03206, Eq. 20."""
+
+    name: Literal["mode"] = "mode"
+    scale: Annotated[float, Field(ge=-1.0, le=1.7519383938841662)] = 1.29  # at most 2 / (pi - 2)
+
+
+class CosMapConfig(Config):
+    """The density of the cosine schedule for rectified flow. arXiv:2403.03206, Eq. 21."""
+
+    name: Literal["cosmap"] = "cosmap"
+
+
+ScheduleConfig = Annotated[RectifiedFlowConfig | VariancePreservingConfig, Field(discriminator="name")]
+DensityConfig = Annotated[UniformConfig | LogitNormalConfig | ModeConfig | CosMapConfig, Field(discriminator="name")]
+Prediction = Literal["velocity", "epsilon", "v", "sample"]
+
+
+class DiffusionConfig(Config):
+    """What noise is, what the network predicts, and how training draws t. One object for train, eval and sampling."""
+
+    schedule: ScheduleConfig = RectifiedFlowConfig()
+    prediction: Prediction = "velocity"
+    density: DensityConfig = LogitNormalConfig()
+
+
+SamplerName = Literal["euler", "heun", "ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sd35"]
+GridName = Literal["linear", "release", "leading", "karras"]
+
+
+class SamplingConfig(Config):
+    """Inference. `guidance_scale` 1 is off: the second half of the batch is then not computed."""
+
+    sampler: SamplerName = "euler"
+    grid: GridName = "linear"
+    num_steps: PositiveInt = 28
+    guidance_scale: Annotated[float, Field(ge=0.0, le=100.0)] = 4.0
+    eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # ddim only
+    variance: Literal["beta", "posterior"] = "posterior"  # ddpm only
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------
+
+
+class CaptionDropoutConfig(Config):
+    """Probabilities in training. SD3: caption 0, each encoder 0.464: one in ten has no text (arXiv:2403.03206, B.3)."""
+
+    caption: Probability = 0.1  # the whole caption at once
+    clip_l: Probability = 0.0
+    clip_g: Probability = 0.0
+    t5: Probability = 0.0
+
+
+class EncodersConfig(Config):
+    """Text and pixels to tensors. `tiny` is the embedded default; otherwise the path of a folder."""
+
+    text: str = "tiny"
+    vae: str = "tiny"
+    t5_length: PositiveInt = 77
+    padding: Literal["attend", "mask", "trim"] = "trim"
+    null: Literal["zeros", "empty_caption"] = "zeros"
+    dropout: CaptionDropoutConfig = CaptionDropoutConfig()
+
+
+class VAEConfig(Config):
+    """AutoencoderKL. Defaults: the VAE of SD3 and SD3.5. Source: Rombach et al. 2022, arXiv:2112.10752, and its shapes.
+
+    `latents = (mean - shift) * scale`: one number for all channels as in the releases (SD3 0.0609 / 1.5305, SD1
+    0 / 0.18215, SDXL 0 / 0.13025), or one per channel.
+    """
+
+    block_channels: tuple[PositiveInt, ...] = (128, 256, 512, 512)
+    num_res_blocks: PositiveInt = 2  # per stage of the encoder; the decoder has one more
+    latent_channels: PositiveInt = 16
+    use_quant_conv: bool = False  # 1x1 convolutions around the latents: SD1 and SDXL
+    mid_attention: bool = True
+    norm_groups: PositiveInt = 32
+    stem_patch: Literal[1, 2] = 1  # 2: the network begins with a pixel-unshuffle and ends with a pixel-shuffle
+    shift: float | tuple[float, ...] = 0.0609
+    scale: PositiveFloat | tuple[PositiveFloat, ...] = 1.5305
+    clamp: bool = False  # decoded pixels to [-1, 1]; the releases leave that to whoever writes the picture
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along one side."""
+        return self.stem_patch * 2 ** (len(self.block_channels) - 1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> VAEConfig:
+        for channels in self.block_channels:
+            if channels % self.norm_groups:
+                raise ValueError(f"block_channels has {channels}, not a multiple of norm_groups={self.norm_groups}")
+        for name, value in (("shift", self.shift), ("scale", self.scale)):
+            if isinstance(value, tuple) and len(value) != self.latent_channels:
+                raise ValueError(f"{name} has {len(value)} numbers for {self.latent_channels} latent channels")
+        return self
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+class ShapesConfig(Config):
+    """Procedural scenes; every scene is a pure function of (seed, index)."""
+
+    name: Literal["shapes"] = "shapes"
+    num_images: PositiveInt = 32_000
+    resolution: Literal[64] = 64
+    max_objects: Annotated[int, Field(ge=1, le=6)] = 2
+    captions: Literal["short", "long", "both"] = "short"
+    seed: NonNegativeInt = 0
+
+
+class EmojiConfig(Config):
+    """Noto emoji with Unicode's English names; `scripts/build_emoji.py` makes the file."""
+
+    name: Literal["emoji"] = "emoji"
+    path: Path = Path("data/emoji.parquet")
+    resolution: PositiveInt = 64
+    flip: bool = False
+
+
+class ImagesConfig(Config):
+    """Any `datasets` source with an image and a text column: folder with metadata, parquet, local path or hub name."""
+
+    name: Literal["images"] = "images"
+    source: str
+    split: str = "train"
+    image_column: str = "image"
+    caption_column: str = "text"
+    resolution: PositiveInt = 256
+    val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
+    on_error: Literal["fail", "skip"] = "fail"  # corrupt image or empty caption
+
+
+DataConfig = Annotated[ShapesConfig | EmojiConfig | ImagesConfig, Field(discriminator="name")]
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+class TrainConfig(Config):
+    """One training run. Budgets and intervals are counted in images; 0 switches an interval off."""
+
+    images: PositiveInt = 1_000_000
+    batch_size: PositiveInt = 128  # global: over all processes and accumulation steps
+    accumulation: PositiveInt = 1
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Probability, Probability] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat | None = 1.0
+    warmup_images: NonNegativeInt = 10_000
+    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    precision: Literal["fp32", "bf16"] = "bf16"
+    precompute: bool = True  # encode latents and captions once, before the first step
+    cache_dir: Path | None = None  # where they are kept; None: <run>/cache
+    compile: bool = False
+    num_processes: PositiveInt = 1  # asserted, not set: launch with torchrun or accelerate
+    log_every: NonNegativeInt = 2_560
+    validate_every: NonNegativeInt = 100_000
+    sample_every: NonNegativeInt = 100_000
+    checkpoint_every: NonNegativeInt = 100_000
+    keep_checkpoints: PositiveInt = 3
+    keep_every: NonNegativeInt = 0  # checkpoints at multiples of this are never pruned (the study's snapshots)
+    val_images: PositiveInt = 512
+    val_levels: Annotated[int, Field(ge=2)] = (
+        8  # equidistant t; the mean leaves out the last (t = 1), as the paper does
+    )
+    sample_prompts: tuple[str, ...] = ()  # empty: captions of the validation split
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.batch_size % (self.accumulation * self.num_processes):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by accumulation x num_processes = "
+                f"{self.accumulation} x {self.num_processes}"
+            )
+        if self.images < self.batch_size:
+            raise ValueError(f"images {self.images} is less than one batch of {self.batch_size}")
+        return self

@@ -1,0 +1,270 @@
+"""From YAML and dotted overrides to one validated object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmdit.config.errors import ConfigError, validate
+from mmdit.config.parts import (
+    Config,
+    CrossDiTConfig,
+    MMDiTConfig,
+    ModelConfig,
+    UNetConfig,
+)
+from mmdit.config.run import RunConfig, StudyConfig, SuiteConfig
+from mmdit.presets import ENCODER_WIDTHS, PRESETS, VAE_WIDTHS
+from mmdit.registry import nearest, unknown
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, not the last one silently."""
+
+
+def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise ConfigError(f"{key_node.start_mark}: the key {key!r} stands twice; remove one")
+        seen.add(key)
+    # YAML reads the bare key `null` (encoders.null) as None
+    mapping = yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+    return {"null" if key is None else key: value for key, value in mapping.items()}
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read one YAML file as a tree.
+
+    Raises:
+        FileNotFoundError: no such file; the message names the nearest one beside it.
+        ConfigError: not YAML, or not a mapping, or a key twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        guess = nearest(str(path), beside)
+        hint = f"; did you mean {guess}?" if guess else "; see configs/ for the ones that are shipped"
+        raise FileNotFoundError(f"no config file {path}{hint}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}, expected a mapping of config fields")
+    return tree
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Turn `--train.lr 2e-4`, `--train.lr=2e-4` or `train.lr=2e-4` into a tree.
+
+    Raises:
+        ConfigError: an argument has no value or is no override.
+    """
+    tree: dict[str, Any] = {}
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not equals:
+            if not argument.startswith("--") or not queue or (queue[0].startswith("--") and len(queue[0]) > 2):
+                raise ConfigError(f"override {argument!r} has no value; write --train.lr 2e-4 or train.lr=2e-4")
+            value = queue.pop(0)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {key}: {value!r} is not valid YAML") from error
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {key}: {parent!r} is given both a value and fields")
+        node[leaf] = parsed
+    return tree
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `over` on `base`, deeply; a changed `name` (or `preset`) drops the old variant's (or preset's) fields."""
+    if "name" in over and "name" in base and over["name"] != base["name"] and not _is_run(base):
+        return dict(over)
+    result = dict(base)
+    if "preset" in over and over["preset"] != base.get("preset"):
+        stale = PRESETS.get(str(over.get("name", base.get("name"))), {}).get(str(base.get("preset")), {})
+        result = {key: value for key, value in result.items() if key not in stale}
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _is_run(tree: Mapping[str, Any]) -> bool:
+    """The `name` of a run, suite or study is a label, not the choice of a variant."""
+    return any(key in tree for key in ("model", "train", "data", "diffusion", "rows", "metrics", "encoders"))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file with its `base:` (one level, relative to the file) underneath."""
+    path = Path(path)
+    tree = read_yaml(path)
+    if "base" not in tree or "rows" in tree:
+        return tree
+    parent = path.parent / tree.pop("base")
+    below = read_yaml(parent)
+    if "base" in below:
+        raise ConfigError(f"{parent}: a base may not have a base of its own; {path} builds on it")
+    return merge(below, tree)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """Read a run's YAML, lay overrides on it, fill presets and widths, validate.
+
+    Args:
+        path: YAML file, or None for the defaults.
+        overrides: command-line words (`["--train.lr", "2e-4"]`) or a tree.
+
+    Raises:
+        ConfigError: unknown field, wrong type, impossible combination; with file, dotted path and nearest name.
+        FileNotFoundError: no such file.
+    """
+    tree = read_tree(path) if path is not None else {}
+    extra = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
+    return resolve(merge(tree, extra), source=str(path or "defaults"))
+
+
+def resolve(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
+    """Expand the preset, fill in the widths of the encoders, validate."""
+    tree = _default_names(tree)
+    if isinstance(tree.get("model"), Mapping):
+        model = _expand_preset(dict(tree["model"]), source)
+        given = tree.get("encoders")
+        encoders: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+        text = ENCODER_WIDTHS.get(str(encoders.get("text", "tiny")))
+        vae = VAE_WIDTHS.get(str(encoders.get("vae", "tiny")))
+        if text is not None:
+            model.setdefault("context_dim", text["context_dim"])
+            model.setdefault("pooled_dim", text["pooled_dim"])
+        if vae is not None:
+            model.setdefault("in_channels", vae["channels"])
+            model.setdefault("out_channels", vae["channels"])
+        tree["model"] = model
+    else:
+        tree["model"] = tree.get("model", {"name": "mmdit", "preset": "tiny"})
+        if isinstance(tree["model"], Mapping):
+            return resolve(tree, source)
+    return validate(RunConfig, tree, source)
+
+
+def _default_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a variant's fields are given without its name, the default variant is meant."""
+    tree = dict(tree)
+    if isinstance(tree.get("data"), Mapping):
+        tree["data"] = {"name": "shapes", **tree["data"]}
+    if isinstance(tree.get("diffusion"), Mapping):
+        diffusion = dict(tree["diffusion"])
+        for field, name in (("schedule", "rectified_flow"), ("density", "logit_normal")):
+            if isinstance(diffusion.get(field), Mapping):
+                diffusion[field] = {"name": name, **diffusion[field]}
+        tree["diffusion"] = diffusion
+    return tree
+
+
+def model_config(name: str, preset: str | None = None, **fields: Any) -> MMDiTConfig | CrossDiTConfig | UNetConfig:
+    """Build one backbone's config in Python: `model_config("mmdit", "S", qk_norm="rms")`."""
+    tree: dict[str, Any] = {"name": name, **({"preset": preset} if preset else {}), **fields}
+    holder = validate(_ModelHolder, {"model": _expand_preset(tree, "model_config")}, "model_config")
+    return holder.model
+
+
+class _ModelHolder(Config):
+    model: ModelConfig
+
+
+def _expand_preset(model: dict[str, Any], source: str) -> dict[str, Any]:
+    name = model.setdefault("name", "mmdit")
+    if name not in PRESETS:
+        raise ConfigError(f"{source}: model.name: {unknown('backbone', str(name), PRESETS)}")
+    preset = model.get("preset")
+    if preset is None:
+        return model
+    if preset not in PRESETS[name]:
+        raise ConfigError(f"{source}: model.preset: {unknown(f'preset of {name}', str(preset), PRESETS[name])}")
+    return {**PRESETS[name][preset], **model}
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study's YAML; `base` becomes relative to the working folder."""
+    path = Path(path)
+    tree = merge(read_yaml(path), parse_overrides(overrides))
+    if isinstance(tree.get("base"), str):
+        tree["base"] = path.parent / tree["base"]
+    return validate(StudyConfig, tree, str(path))
+
+
+def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
+    """Read an evaluation suite's YAML."""
+    return validate(SuiteConfig, merge(read_tree(path), parse_overrides(overrides)), str(path))
+
+
+def row_configs(study: StudyConfig) -> dict[str, dict[int, RunConfig]]:
+    """Resolve every (row, seed) of a study and refuse rows that change more than the study may vary.
+
+    Returns:
+        {row: {seed: config}}.
+
+    Raises:
+        ConfigError: a row does not validate, or differs from the others in a field outside `varies`.
+    """
+    base = merge(read_tree(study.base), study.overrides)
+    cells: dict[str, dict[int, RunConfig]] = {}
+    for row, changes in study.rows.items():
+        tree = merge(base, changes or {})
+        for seed in study.seeds:
+            cell = merge(tree, {"seed": seed, "name": f"{row}-s{seed}"})
+            cells.setdefault(row, {})[seed] = resolve(cell, source=f"{study.base}, row {row!r}")
+    if not study.allow_confounded:
+        first = next(iter(study.rows))
+        for row in study.rows:
+            seed = study.seeds[0]
+            for field in differences(to_tree(cells[first][seed]), to_tree(cells[row][seed])):
+                if field != "name" and not any(field == v or field.startswith(v + ".") for v in study.varies):
+                    raise ConfigError(
+                        f"row {row!r} differs from row {first!r} in {field}, which is outside the study's "
+                        f"varies: {list(study.varies)}. A difference in results could then not be laid to the "
+                        f"conditioning. Add the field to varies:, or set allow_confounded: true, which marks the report"
+                    )
+    return cells
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted paths at which two trees differ."""
+    found = []
+    for key in [*a, *(k for k in b if k not in a)]:
+        path = f"{prefix}{key}"
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found += differences(left, right, f"{path}.")
+        elif left != right:
+            found.append(path)
+    return found
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """Return a config as plain YAML types; `resolve(to_tree(c)) == c`."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved config as YAML text."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, width=120)

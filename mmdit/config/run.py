@@ -1,0 +1,131 @@
+"""What a run, an evaluation suite and a study are made of, and which combinations cannot work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from mmdit.config.parts import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    EncodersConfig,
+    MMDiTConfig,
+    ModelConfig,
+    SamplingConfig,
+    ShapesConfig,
+    TrainConfig,
+    UNetConfig,
+)
+from mmdit.presets import ENCODER_WIDTHS, VAE_WIDTHS
+
+
+class RunConfig(Config):
+    """One training run, whole: what `config.yaml` in a run folder holds."""
+
+    name: str = "run"
+    seed: NonNegativeInt = 0
+    model: ModelConfig = MMDiTConfig()
+    encoders: EncodersConfig = EncodersConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    data: DataConfig = ShapesConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> RunConfig:
+        """Refuse combinations that cannot work, before torch is imported."""
+        model, encoders, schedule = self.model, self.encoders, self.diffusion.schedule
+        vae = VAE_WIDTHS.get(encoders.vae)
+        if vae is not None:
+            if self.data.resolution % vae["factor"]:
+                raise ValueError(
+                    f"data.resolution {self.data.resolution} is not a multiple of the VAE's factor {vae['factor']}"
+                )
+            side = self.data.resolution // vae["factor"]
+            multiple = 2 ** (len(model.channel_mult) - 1) if isinstance(model, UNetConfig) else model.patch_size
+            if side % multiple:
+                raise ValueError(
+                    f"latent size {side} (data.resolution {self.data.resolution} / {vae['factor']}) is not divisible "
+                    f"by {multiple} ({'2^(stages-1)' if isinstance(model, UNetConfig) else 'model.patch_size'})"
+                )
+            if not isinstance(model, UNetConfig) and side // model.patch_size > model.pos_embed_max_size:
+                raise ValueError(f"{side // model.patch_size} patches a side exceed model.pos_embed_max_size")
+            if model.in_channels != vae["channels"] or model.out_channels != vae["channels"]:
+                raise ValueError(
+                    f"model.in_channels/out_channels are {model.in_channels}/{model.out_channels}, the VAE "
+                    f"{encoders.vae!r} has {vae['channels']}; leave them out to take the VAE's"
+                )
+        text = ENCODER_WIDTHS.get(encoders.text)
+        if text is not None and model.context_dim != text["context_dim"]:
+            raise ValueError(
+                f"model.context_dim is {model.context_dim}, the text encoders {encoders.text!r} give "
+                f"{text['context_dim']}; leave it out to take theirs"
+            )
+        if text is not None and model.pooled_dim not in (None, text["pooled_dim"]):
+            raise ValueError(
+                f"model.pooled_dim is {model.pooled_dim}, the text encoders {encoders.text!r} give {text['pooled_dim']}"
+            )
+        if schedule.name == "variance_preserving" and self.diffusion.prediction == "velocity":
+            raise ValueError(
+                "diffusion.prediction 'velocity' belongs to rectified_flow; with variance_preserving use 'epsilon', "
+                "'v' or 'sample'"
+            )
+        sampler, grid = self.sampling.sampler, self.sampling.grid
+        if schedule.name == "rectified_flow" and sampler == "ddpm":
+            raise ValueError(
+                "sampling.sampler 'ddpm' is the ancestral chain of variance_preserving; with rectified_flow use "
+                "'euler', 'heun', 'ddim' (with eta for noise) or 'dpmpp_2m'"
+            )
+        if schedule.name == "rectified_flow" and grid == "leading":
+            raise ValueError("sampling.grid 'leading' is for variance_preserving; use 'linear' or 'release'")
+        if self.sampling.eta and sampler != "ddim":
+            raise ValueError(f"sampling.eta is read by the sampler 'ddim' only, got sampler {sampler!r}")
+        return self
+
+
+class SuiteConfig(Config):
+    """What is measured on a run. `guidance_scale` and the like are the run's own `sampling` unless given here."""
+
+    name: str = "default"
+    metrics: tuple[str, ...] = ("composition", "clip_score", "frechet", "kernel", "validation_loss")
+    num_images: PositiveInt = 1_000  # per split
+    splits: tuple[Literal["seen", "heldout"], ...] = ("seen", "heldout")
+    batch_size: PositiveInt = 128
+    seed: NonNegativeInt = 1234
+    extractor: str = "tiny_clip"
+    weights: Literal["ema", "raw"] = "ema"
+    sampling: SamplingConfig | None = None
+    snapshot_images: NonNegativeInt = 0  # images per split at each kept earlier checkpoint; 0: final only
+    grid_prompts: PositiveInt = 16  # pictures in the report's grid
+
+
+class MatchConfig(Config):
+    """How near the rows of a study must be to each other."""
+
+    by: Literal["parameters"] = "parameters"
+    within: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
+
+
+class StudyConfig(Config):
+    """Named rows of overrides over one base, and the seeds to run each with."""
+
+    name: str
+    base: Path
+    rows: dict[str, dict[str, Any]]
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    varies: tuple[str, ...] = ("model",)  # dotted prefixes a row may change
+    allow_confounded: bool = False
+    match: MatchConfig | None = MatchConfig()
+    overrides: dict[str, Any] = Field(default_factory=dict)  # for every row: the study's own base
+    suite: SuiteConfig = SuiteConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> StudyConfig:
+        if not self.rows:
+            raise ValueError("a study needs at least one row under 'rows:'")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds are listed twice: {list(self.seeds)}")
+        return self
