@@ -183,6 +183,8 @@ def precompute(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if not _is_whole(folder, key):
+            for stale in folder.parent.glob(f".tmp-{folder.name}-*"):  # of a killed process: we hold the lock
+                shutil.rmtree(stale, ignore_errors=True)
             temporary = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex[:8]}")
             temporary.mkdir()
             try:

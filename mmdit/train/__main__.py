@@ -60,7 +60,12 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 2 wrong config, 1 diverged, 3 checkpoint, 75 interrupted."""
+    """Run the command line.
+
+    Returns:
+        Exit code: 0 done, 1 diverged, 2 wrong config, 3 checkpoint, 75 interrupted
+        and saved, 130 interrupted before there was anything to save.
+    """
     own, overrides = split_overrides(sys.argv[1:] if words is None else words)
     arguments = tyro.cli(Arguments, args=own, prog="train")
     if arguments.cache is not None:
@@ -98,6 +103,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("\nstopped before the first update: there was nothing to save yet", file=sys.stderr)
+        return 130
     if not result.complete:
         again = " ".join(["python scripts/train.py", *(sys.argv[1:] if words is None else words)])
         print(f"saved {result.checkpoint}\ngo on with: {again}")

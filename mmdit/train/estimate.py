@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would cost, without paying for it. Shapes run on PyTorch's `meta` device, which has no memory."""
+"""`--dry-run`: what a run would cost. Only shapes run, on PyTorch's `meta` device, which has no memory."""
 
 from __future__ import annotations
 

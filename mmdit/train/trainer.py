@@ -126,7 +126,9 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
     run_dir = Path(run_dir)
     hardware = configure_cpu()
     AcceleratorState._reset_state()  # a singleton that would refuse a second run of another precision in one process
-    accelerator = Accelerator(mixed_precision="bf16" if config.train.precision == "bf16" else "no")
+    mixed = "bf16" if config.train.precision == "bf16" else "no"
+    # without cpu=True accelerate does not join the processes that torchrun started on a machine without GPU
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
     if accelerator.num_processes != config.train.num_processes:
         raise ConfigError(
             f"train.num_processes is {config.train.num_processes}, but {accelerator.num_processes} process(es) run; "

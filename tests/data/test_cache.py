@@ -161,6 +161,15 @@ def test_an_interrupted_build_leaves_nothing_that_counts(dataset, vae, text, tmp
     assert len(precompute(dataset, vae, text, encoders(), cache_dir=tmp_path, progress=False)) == 12
 
 
+def test_what_a_killed_build_left_is_swept(dataset, vae, text, tmp_path):
+    precompute(dataset, vae, text, encoders(), cache_dir=tmp_path, progress=False)
+    folder = next(p for p in tmp_path.iterdir() if p.is_dir())
+    (folder / "cache.json").unlink()
+    (tmp_path / f".tmp-{folder.name}-0123").mkdir()
+    precompute(dataset, vae, text, encoders(), cache_dir=tmp_path, progress=False)
+    assert [p for p in tmp_path.iterdir() if p.is_dir()] == [folder]
+
+
 def test_encoders_of_another_length_are_refused(dataset, vae, text):
     with pytest.raises(ValueError, match="t5_length 32, the config says 77"):
         precompute(dataset, vae, text, EncodersConfig(), progress=False)
