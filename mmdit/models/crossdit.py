@@ -65,7 +65,7 @@ class CrossDiT(nn.Module):
         """Predict, adding `residuals` (each [B, N, D]) to the image tokens after the blocks, spread evenly.
 
         Raises:
-            ValueError: the inputs do not fit this model; see `check_inputs`.
+            ValueError: the inputs do not fit this model; see `check_inputs`; or `conditioning.negative` is given.
         """
         config, P = self.config, self.config.patch_size
         check_inputs(
@@ -78,6 +78,11 @@ class CrossDiT(nn.Module):
             multiple=P,
             max_size=config.pos_embed_max_size * P,
         )
+        if conditioning.negative is not None:
+            raise ValueError(
+                "conditioning.negative (attention-space guidance) is not read by the crossdit; "
+                "give the negative prompt to classifier-free guidance as null_conditioning"
+            )
         if conditioning.spatial is not None:
             latents = torch.cat([latents, conditioning.spatial.to(latents.dtype)], dim=1)
         rows, columns = latents.shape[2] // P, latents.shape[3] // P
@@ -85,7 +90,7 @@ class CrossDiT(nn.Module):
 
         # fmt: off
         x = self.x_embedder(latents) + crop_center(self.pos_embed, rows, columns)  # [B, N, D]
-        context = self.context_embedder(norm(conditioning.context))                # [B, L, D]
+        context = self.context_embedder(norm(conditioning.context.to(x.dtype)))    # [B, L, D]
         c = self.t_embedder(timestep_embedding(timestep))                          # [B, D]
         c = c + self.y_embedder(conditioning.pooled)
 

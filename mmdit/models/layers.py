@@ -140,7 +140,7 @@ class PatchEmbed(nn.Module):
         # A GEMM over patches: the same numbers as the convolution whose layout the weights keep, and faster on CPU.
         P = self.proj.kernel_size[0]
         patches = rearrange(latents, "B C (h p) (w q) -> B (h w) (C p q)", p=P, q=P)  # [B, N, C P P]
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
 
 def unpatchify(x: Tensor, rows: int, patch_size: int) -> Tensor:

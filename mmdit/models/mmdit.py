@@ -69,7 +69,7 @@ class MMDiT(nn.Module):
         it has no context output to share them with, and the releases' ControlNets were trained so.
 
         Raises:
-            ValueError: the inputs do not fit this model; see `check_inputs`.
+            ValueError: the inputs do not fit this model; see `check_inputs`; or `conditioning.negative` is given.
         """
         config, P = self.config, self.config.patch_size
         check_inputs(
@@ -82,6 +82,11 @@ class MMDiT(nn.Module):
             multiple=P,
             max_size=config.pos_embed_max_size * P,
         )
+        if conditioning.negative is not None:
+            raise ValueError(
+                "conditioning.negative (attention-space guidance) is not read by the mmdit; "
+                "give the negative prompt to classifier-free guidance as null_conditioning"
+            )
         if conditioning.spatial is not None:
             latents = torch.cat([latents, conditioning.spatial.to(latents.dtype)], dim=1)
         rows, columns = latents.shape[2] // P, latents.shape[3] // P
@@ -89,7 +94,7 @@ class MMDiT(nn.Module):
 
         # fmt: off
         x = self.x_embedder(latents) + crop_center(self.pos_embed, rows, columns)  # [B, N, D]
-        context = self.context_embedder(conditioning.context)                      # [B, L, D]
+        context = self.context_embedder(conditioning.context.to(x.dtype))          # [B, L, D]
         c = self.t_embedder(timestep_embedding(timestep))                          # [B, D]
         c = c + self.y_embedder(conditioning.pooled)
         mask = joint_mask(conditioning.context_mask, x.shape[1])                   # [B, L + N]
