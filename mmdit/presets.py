@@ -57,8 +57,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "B": {"patch_size": 2, "depth": 11, "width": 768, "num_heads": 12, **_TABLE},
         "L": {"patch_size": 2, "depth": 24, "width": 1024, "num_heads": 16, **_TABLE},
     },
-    # `ff_mult` brings the parameters to MMDiT's. `norm_groups` keeps 16 channels or more in a group: with fewer, torch's
-    # GroupNorm in channels_last is not vectorised on CPU and takes 28 % of a training step (2 channels: 70 x slower).
+    # `ff_mult` brings the parameters to MMDiT's. `norm_groups` keeps 16 channels or more in a group: below that torch's
+    # GroupNorm in channels_last is not vectorised on CPU (with 2 channels 70 x slower, 28 % of a training step).
     "unet": {
         "tiny": {
             "model_channels": 64,
