@@ -28,6 +28,8 @@ Purpose = Literal[
     "metric",  # subsets and bootstraps in evaluation
 ]
 
+_PURPOSES = get_args(Purpose)
+
 
 def generator(seed: int, purpose: Purpose, index: int = 0, step: int = 0) -> np.random.Generator:
     """Return the generator of one (seed, purpose, index, step).
@@ -35,8 +37,8 @@ def generator(seed: int, purpose: Purpose, index: int = 0, step: int = 0) -> np.
     Raises:
         ValueError: `purpose` is not in the table above.
     """
-    if purpose not in get_args(Purpose):
-        raise ValueError(f"unknown purpose {purpose!r} of a random draw; known: {', '.join(get_args(Purpose))}")
+    if purpose not in _PURPOSES:
+        raise ValueError(f"unknown purpose {purpose!r} of a random draw; known: {', '.join(_PURPOSES)}")
     digest = hashlib.blake2b(f"{seed}|{purpose}|{index}|{step}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 

@@ -78,22 +78,27 @@ class CachedLatents:
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Conditioning]:
         """Return latents float32 [B, C, H, W] and the Conditioning of their captions, the padding policy applied."""
         indices = np.asarray(indices)
-        latents = torch.from_numpy(np.asarray(self.latents[indices], dtype=np.float32))
+        latents = _widened(self.latents[indices])
         captions = np.asarray(self.caption_ids[indices])
         contexts, masks, layout, place = [], [], [], 0
         for name, states, lengths in self.streams:
             real = np.asarray(lengths[captions])
             longest = int(real.max())
-            part = torch.from_numpy(np.asarray(states[captions, :longest], dtype=np.float32))  # [B, longest, width]
+            part = _widened(states[captions, :longest])  # [B, longest, width]
             contexts.append(F.pad(part, (0, self.context_dim - part.shape[2])))
             masks.append(torch.from_numpy(np.arange(longest)[None] < real[:, None]))
             layout.append((name, place, place + longest, part.shape[2]))
             place += longest
-        pooled = None if self.pooled is None else torch.from_numpy(np.asarray(self.pooled[captions], dtype=np.float32))
+        pooled = None if self.pooled is None else _widened(self.pooled[captions])
         conditioning = Conditioning(torch.cat(contexts, dim=1), pooled, torch.cat(masks, dim=1), tuple(layout))
         if self.padding == "mask":
             conditioning = resize_streams(conditioning, list(self.full_lengths.values()))
         return latents, apply_padding(conditioning, self.padding)  # type: ignore[arg-type]
+
+
+def _widened(half: np.ndarray) -> Tensor:
+    """Turn a copy in fp16 into float32; torch converts several times faster than numpy."""
+    return torch.from_numpy(half).float()
 
 
 class LiveBatches:
