@@ -74,7 +74,12 @@ def loss_figure(
     for row, runs in training.items():
         for images, loss in runs:
             axes[0].plot(1e-3 * np.asarray(images), smooth(loss), color=colours[row], linewidth=1.8)
-    axes[0].set_yscale("log")
+    values = [value for runs in training.values() for _, loss in runs for value in loss]
+    wide = bool(values) and max(values) > 3 * min(values) > 0
+    if wide:
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter(_plain())
+        axes[0].yaxis.set_minor_formatter(_plain())
     axes[0].set_xlabel("training images (thousands)")
     axes[0].set_ylabel("training loss (running mean)")
     axes[0].set_xlim(left=0)
@@ -88,8 +93,6 @@ def loss_figure(
     axes[1].set_xlabel("t (0 data, 1 noise)")
     axes[1].set_ylabel("validation loss at t")
     axes[1].set_xlim(0, 1.03)
-    axes[0].yaxis.set_major_formatter(_plain())
-    axes[0].yaxis.set_minor_formatter(_plain())
     _legend(figure, axes[1], colours, [s for s, d in (("seen", by_level), ("heldout", heldout_by_level)) if d], False)
     return _png(figure)
 

@@ -202,7 +202,8 @@ def figures(files: Files, colours: Mapping[str, str]) -> list[dict[str, str]]:
         if files.study["suite"]["snapshot_images"] and score in ("frechet",):
             ceiling = {}  # measured on more pictures, which lowers a Fréchet distance: no line beside these curves
         pictures = files.study["suite"]["snapshot_images"] or files.study["suite"]["num_images"]
-        title = f"{SCORES[score].label} against images and against seconds"
+        label = SCORES[score].label
+        title = f"{label[0].upper()}{label[1:]} against images and against seconds"
         note = f"Each point: {pictures} pictures of one checkpoint. Seconds are training steps alone, on this machine."
         png = plots.score_figure(score, by_images, by_seconds, ceiling, colours)
         drawn.append({"title": title, "note": note, "png": png})

@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ import torch
 
 from mmdit import rng
 from mmdit.checkpoint import find_checkpoint
-from mmdit.config import ConfigError, RunConfig, SuiteConfig, load_config, to_tree
+from mmdit.config import ConfigError, EncodersConfig, RunConfig, SuiteConfig, load_config, to_tree
 from mmdit.data import make_dataset
 from mmdit.diffusion import build_schedule
+from mmdit.encoders.text import TextEncoders, load_text_encoders
 from mmdit.encoders.vae import AutoencoderKL, load_vae, to_images, to_pixels
-from mmdit.pipeline import TextToImage, checkpoint_hash, save_image
+from mmdit.pipeline import TextToImage, checkpoint_hash, configure_cpu, save_image
 from mmdit.registry import lookup
 from mmdit_eval.comparison import compare, read_result, write_result
 from mmdit_eval.features import hash_tensors, load_extractor
@@ -93,7 +95,9 @@ def evaluate_run(
         return known
 
     started = time.perf_counter()
-    pipeline = TextToImage.load(path, suite.weights)
+    configure_cpu()
+    vae, text = _encoders(config.encoders)
+    pipeline = TextToImage.load(path, suite.weights, vae=vae, text=text)
     drawing, scoring = 0.0, 0.0
     splits: dict[str, Any] = {}
     prefix: dict[str, Any] = {}
@@ -201,6 +205,12 @@ def evaluate_ceiling(
     result = {"key": key, "splits": splits, "samples": files, "environment": environment()}
     write_result(out, result)
     return result
+
+
+@lru_cache(maxsize=1)
+def _encoders(config: EncodersConfig) -> tuple[AutoencoderKL, TextEncoders]:
+    """Load VAE and text encoders once for all checkpoints that share them."""
+    return load_vae(config.vae), load_text_encoders(config.text, t5_length=config.t5_length)
 
 
 def load_references(config: RunConfig, suite: SuiteConfig) -> dict[str, Reference]:
