@@ -285,7 +285,7 @@ def vae_loss(
     Args:
         pixels: [B, 3, R, R] in [-1, 1].
         noise: standard normal [B, C, H, W].
-        weight: [B], of each picture's reconstruction; None: 1 each.
+        weight: [B, 1, R, R], of each pixel's error; None: 1 each.
         squared, absolute, kl: weights of the three parts.
 
     Source: Kingma and Welling 2014, arXiv:1312.6114, Eq. 10; weight of the KL as in Rombach et al. 2022.
@@ -294,12 +294,10 @@ def vae_loss(
     """
     mean, logvar = vae.moments(pixels)
     mean, logvar = mean.float(), logvar.float()  # exp and the KL sum in float32 under autocast
-    error = (vae.decode_raw(sample(mean, logvar, noise)).float() - pixels).flatten(1)  # [B, 3RR]
-    per_squared, per_absolute = error.square().mean(1), error.abs().mean(1)  # [B]
-    if weight is not None:
-        per_squared, per_absolute = per_squared * weight, per_absolute * weight
+    error = vae.decode_raw(sample(mean, logvar, noise)).float() - pixels  # [B, 3, R, R]
+    weight = torch.ones_like(error[:, :1]) if weight is None else weight
     divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-    parts = per_squared.mean(), per_absolute.mean()
+    parts = (error.square() * weight).mean(), (error.abs() * weight).mean()
     return VAELoss(squared * parts[0] + absolute * parts[1] + kl * divergence, *parts, divergence)
 
 
@@ -336,9 +334,9 @@ def load_vae(path: str | Path = "tiny", **overrides: Any) -> AutoencoderKL:
         )
     with safe_open(file, framework="pt") as opened:
         stored = (opened.metadata() or {}).get("config")
-        prefix = layout.find_prefix(opened.keys(), file)
-        state = {key[len(prefix) :]: opened.get_tensor(key).float() for key in opened.keys() if key.startswith(prefix)}
-        kind = layout.release_of(opened.keys())
+        keys = list(opened.keys())
+        prefix, kind = layout.find_prefix(keys, file), layout.release_of(keys)
+        state = {key[len(prefix) :]: opened.get_tensor(key).float() for key in keys if key.startswith(prefix)}
     state = layout.to_original(state)
     if stored is not None and "block_channels" in stored:
         fields = json.loads(stored)

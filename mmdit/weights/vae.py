@@ -54,9 +54,7 @@ def _levels(keys: Iterable[str]) -> int:
 
 def _turn(key: str, levels: int) -> str:
     """Count the decoder's stages from the other end."""
-    return re.sub(
-        r"^(decoder\.up(?:_blocks)?\.)(\d+)\.", lambda m: f"{m.group(1)}{levels - 1 - int(m.group(2))}.", key
-    )
+    return re.sub(r"^(decoder\.up(?:_blocks)?\.)(\d+)\.", lambda m: f"{m.group(1)}{levels - 1 - int(m.group(2))}.", key)
 
 
 def is_diffusers(keys: Iterable[str]) -> bool:
@@ -162,7 +160,9 @@ def infer_fields(
     since SDXL's has the same shapes and another scale (`load_vae(path, scale=0.13025)`).
     """
     levels = _levels(state)
-    blocks = [int(m.group(1)) for key in state if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight", key))]
+    blocks = [
+        int(m.group(1)) for key in state if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight", key))
+    ]
     latent_channels = state["decoder.conv_in.weight"].shape[1]
     fields: dict[str, Any] = {
         "block_channels": tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)),

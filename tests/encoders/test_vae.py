@@ -93,7 +93,7 @@ def test_the_kl_term_is_the_closed_form():
     torch.testing.assert_close(loss.kl, expected)
     error = vae.decode_raw(mean) - pixels
     torch.testing.assert_close(loss.total, 10 * error.square().mean() + error.abs().mean() + 1e-4 * expected)
-    doubled = vae_loss(vae, pixels, torch.zeros_like(mean), torch.full((2,), 2.0))
+    doubled = vae_loss(vae, pixels, torch.zeros_like(mean), torch.full((2, 1, 16, 16), 2.0))
     torch.testing.assert_close(doubled.squared, 2 * loss.squared)
 
 

@@ -72,7 +72,9 @@ def test_diffusers_old_attention_names_are_read():
 
 def test_a_file_in_the_original_layout_is_loaded_from_its_shapes(tmp_path):
     vae = small(shift=0.0609, scale=1.5305)
-    save_file({f"first_stage_model.{k}": t.contiguous() for k, t in vae.state_dict().items()}, tmp_path / "v.safetensors")
+    save_file(
+        {f"first_stage_model.{k}": t.contiguous() for k, t in vae.state_dict().items()}, tmp_path / "v.safetensors"
+    )
     loaded = load_vae(tmp_path / "v.safetensors", norm_groups=4)
     assert loaded.config == vae.config
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), vae.state_dict().values(), strict=True))
@@ -91,9 +93,7 @@ def test_a_diffusers_folder_is_loaded_with_its_own_shift_and_scale(tmp_path):
 def test_a_whole_checkpoint_tells_its_release_and_a_bare_one_warns(tmp_path, caplog):
     state = {f"first_stage_model.{k}": t.contiguous() for k, t in small(latent_channels=4).state_dict().items()}
     save_file(state, tmp_path / "bare.safetensors")
-    save_file(
-        {**state, "model.diffusion_model.label_emb.0.0.weight": torch.zeros(1)}, tmp_path / "sdxl.safetensors"
-    )
+    save_file({**state, "model.diffusion_model.label_emb.0.0.weight": torch.zeros(1)}, tmp_path / "sdxl.safetensors")
     assert load_vae(tmp_path / "sdxl.safetensors", norm_groups=4).config.scale == 0.13025
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
