@@ -96,7 +96,7 @@ def rename(state: Mapping[str, T], pairs: Iterable[tuple[str, str]]) -> dict[str
         shown = ", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if len(strange) > 5 else "")
         raise ValueError(
             f"{len(strange)} of {len(state)} keys do not belong to a U-Net of this config: {shown}; "
-            f"check channel_mult, num_res_blocks, transformer_depth and whether a prefix such as {PREFIX!r} is still there"
+            f"check channel_mult, num_res_blocks, transformer_depth, and that no prefix such as {PREFIX!r} is left"
         )
     return renamed
 
