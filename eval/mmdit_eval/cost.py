@@ -34,9 +34,9 @@ def cost_of(config: RunConfig) -> Cost:
         FileNotFoundError: the data have not been built.
     """
     tokens, context_dim, pooled_dim = _text_shape(config.model_dump_json())
+    vae_factor, channels = _vae_shape(config.encoders.vae)
     with torch.device("meta"):
         denoiser = build_denoiser(config.model).eval()
-        vae_factor, channels = _vae_shape(config.encoders.vae)
         side = config.data.resolution // vae_factor
         latents, timestep = torch.zeros(1, channels, side, side), torch.zeros(1)
         pooled = None if pooled_dim is None else torch.zeros(1, pooled_dim)

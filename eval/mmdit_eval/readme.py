@@ -1,0 +1,75 @@
+"""The README's results, made from `results/*/summary.json`: no number in it was typed by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmdit_eval.scores import SCORES, shown, shown_interval
+
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+# which scores fit into a README, by what the study has
+_CHOSEN = ("colour", "shape", "relation", "all_correct", "same_tone", "same_base", "clip_score", "frechet")
+_WITH_INTERVAL = ("all_correct", "same_tone", "same_base")
+
+
+def results_block(results: str | Path) -> str:
+    """Return the Markdown between the markers: one table a study, in alphabetical order."""
+    parts = []
+    for file in sorted(Path(results).glob("*/summary.json")):
+        parts.append(study_block(json.loads(file.read_text(encoding="utf-8")), file.parent))
+    return "\n\n".join(parts) if parts else "No study has been stored under `results/` yet."
+
+
+def study_block(summary: Mapping[str, Any], folder: Path) -> str:
+    """Return one study: heading, table, what it does not say."""
+    scores, rows = summary["scores"], summary["rows"]
+    known = {name for splits in scores.values() for split in splits.values() for name in split}
+    chosen = [name for name in _CHOSEN if name in known]
+    splits = list(next(iter(scores.values()), {}))
+    lines = [f"**[{summary['study']}]({folder.as_posix()})** (`{summary['command']}`)", ""]
+    heads = ["", *(SCORES[name].label for name in chosen), "parameters", "images", "training s"]
+    for split in splits:
+        lines.append(f"{'Seen' if split == 'seen' else 'Held-out'} combinations:")
+        lines += ["", "| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+        for row in [*rows, "ceiling"]:
+            found = scores.get(row, {}).get(split, {})
+            if not found:
+                continue
+            entries = [row, *(_entry(name, found.get(name)) for name in chosen), *_costs(rows.get(row))]
+            lines.append("| " + " | ".join(entries) + " |")
+        lines.append("")
+    lines += [sentence for sentence in summary["verdict"] if sentence.startswith(("One seed", "The rows"))]
+    return "\n".join(lines).rstrip()
+
+
+def _entry(name: str, value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "–"
+    interval = shown_interval(name, value["low"], value["high"]) if name in _WITH_INTERVAL else ""
+    return shown(name, value["value"]) + (f" [{interval}]" if interval else "")
+
+
+def _costs(row: Mapping[str, Any] | None) -> list[str]:
+    if row is None:
+        return ["", "", ""]
+    seconds = row["seconds"]
+    return [
+        f"{row['parameters'] / 1e6:.2f} M",
+        f"{row['images']:,}" if row["images"] else "–",
+        f"{seconds:,.0f}" if seconds else "–",
+    ]
+
+
+def rewrite(text: str, block: str) -> str:
+    """Return a README's text with the block between its markers replaced.
+
+    Raises:
+        ValueError: a marker is missing or stands twice.
+    """
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"the README needs {START} and after it {END}, once each")
+    before, rest = text.split(START)
+    return f"{before}{START}\n{block}\n{END}{rest.split(END)[1]}"

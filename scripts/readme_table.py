@@ -1,0 +1,32 @@
+"""Write the README's results from results/*/summary.json: python scripts/readme_table.py [--check].
+
+--check changes nothing and exits with 1 where the README is not what the files say.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmdit_eval.readme import results_block, rewrite
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    arguments = parser.parse_args()
+    old = arguments.readme.read_text(encoding="utf-8")
+    new = rewrite(old, results_block(arguments.results))
+    if old == new:
+        return 0
+    if arguments.check:
+        print(f"{arguments.readme} is not up to date; run: python scripts/readme_table.py", file=sys.stderr)
+        return 1
+    arguments.readme.write_text(new, encoding="utf-8")
+    print(f"wrote the results into {arguments.readme}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""A study from its YAML to its report, with micro runs; and what happens when a cell fails or somebody stops it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from mmdit_eval import study
+from mmdit_eval.study import StudyInterrupted, run_process, run_study
+
+from mmdit.config import ConfigError, load_config, to_tree
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def silent(text):
+    pass
+
+
+def in_process(command):
+    """Train without a process of its own: what `python -m mmdit.train CONFIG --out DIR` does."""
+    from mmdit.train.trainer import train
+
+    assert command[1:3] == ["-m", "mmdit.train"]
+    train(load_config(command[3]), command[5], progress=False)
+    return 0
+
+
+@pytest.fixture
+def study_file(tmp_path, micro, micro_unet):
+    tree = to_tree(micro())
+    tree["train"]["cache_dir"] = None
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(tree))
+    definition = {
+        "name": "mini",
+        "base": "base.yaml",
+        "rows": {"mmdit": {}, "unet": {"model": micro_unet}},
+        "match": None,
+        "overrides": {"train": {"checkpoint_every": 24, "keep_every": 24}},
+        "suite": {
+            "name": "mini", "metrics": ["composition", "frechet", "validation_loss"], "num_images": 4,
+            "snapshot_images": 3, "extractor": "pixel_statistics", "grid_prompts": 2,
+        },
+    }  # fmt: skip
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(definition))
+    return path
+
+
+def test_a_study_trains_judges_and_reports_and_does_nothing_twice(study_file, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(study, "run_process", lambda command: started.append(command[3]) or in_process(command))
+    assert run_study(study_file, out=tmp_path / "runs", say=silent) == 0
+    folder = tmp_path / "runs" / "mini"
+    assert len(started) == 2
+    for row in ("mmdit", "unet"):
+        assert (folder / f"{row}-s0" / "config.yaml").is_file()
+        names = sorted(p.name for p in (folder / f"{row}-s0" / "eval").iterdir())
+        assert names == ["mini-000000000024.json", "mini-000000000048.json"]
+    assert (folder / "ceiling.json").is_file()
+    assert any((folder / "cache").iterdir())
+    configs = [load_config(folder / f"{row}-s0" / "config.yaml") for row in ("mmdit", "unet")]
+    assert configs[0].train == configs[1].train
+    assert configs[0].train.cache_dir == folder / "cache"
+    page = (folder / "report.html").read_text()
+    assert "One seed ranks nothing" in page
+    assert page.count("data:image/png;base64,") >= 2 + 2 * 2 * 4  # figures; prompts x splits x (true, VAE, two rows)
+    numbers = json.loads((folder / "summary.json").read_text())
+    assert set(numbers["rows"]) == {"mmdit", "unet"}
+    assert numbers["rows"]["mmdit"]["parameters"] > 0
+
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/eval/*.json")}
+    assert run_study(study_file, ["--seeds", "[0,1]"], out=tmp_path / "runs", say=silent) == 0
+    assert len(started) == 4  # only the new seed
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    assert json.loads((folder / "summary.json").read_text())["rows"]["unet"]["seeds"] == 2
+
+
+def test_a_failed_cell_does_not_stop_the_others_and_is_named(study_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_process", lambda c: -signal.SIGKILL if "mmdit-s0" in c[3] else in_process(c))
+    said = []
+    assert run_study(study_file, out=tmp_path / "runs", say=said.append) == 1
+    cells = json.loads((tmp_path / "runs/mini/study.json").read_text())["cells"]
+    assert cells["mmdit-s0"]["status"] == "failed"
+    assert cells["unet-s0"]["status"] == "done"
+    assert any("failed: mmdit-s0" in text and "SIGKILL" in text for text in said)
+    assert "SIGKILL" in (tmp_path / "runs/mini/report.html").read_text()
+
+
+def test_an_interrupted_cell_ends_the_study_and_the_next_call_goes_on(study_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_process", lambda command: study.EXIT_INTERRUPTED)
+    with pytest.raises(StudyInterrupted, match="mmdit-s0 was interrupted and has saved"):
+        run_study(study_file, out=tmp_path / "runs", say=silent)
+    book = json.loads((tmp_path / "runs/mini/study.json").read_text())
+    assert [cell["status"] for cell in book["cells"].values()] == ["interrupted", "waiting"]
+    monkeypatch.setattr(study, "run_process", in_process)
+    assert run_study(study_file, out=tmp_path / "runs", say=silent) == 0
+
+
+def test_a_dry_run_prints_the_grid_and_makes_nothing(study_file, tmp_path, capsys):
+    assert run_study(study_file, out=tmp_path / "runs", dry_run=True, say=silent) == 0
+    printed = capsys.readouterr().out
+    assert "mmdit" in printed
+    assert "GFLOP" in printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rows_of_unequal_size_are_refused_with_both_counts(study_file, tmp_path):
+    with pytest.raises(ConfigError, match=r"parameters, row '.*% more, the study allows 5 %"):
+        run_study(study_file, ["--match.within", "0.05"], out=tmp_path / "runs", say=silent)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_row_that_changes_more_than_the_study_varies_is_refused(study_file, tmp_path):
+    with pytest.raises(ConfigError, match=r"row 'unet' differs from row 'mmdit' in train\.lr"):
+        run_study(study_file, ["--rows.unet.train.lr", "0.5"], out=tmp_path / "runs", say=silent)
+
+
+def test_the_shipped_studies_resolve_and_their_rows_match():
+    from mmdit_eval.cost import Cost, check_match
+    from mmdit_eval.suite import check_suite
+
+    from mmdit.config import load_study, row_configs
+
+    for path in sorted((ROOT / "configs/studies").glob("*.yaml")):
+        loaded = load_study(path)
+        for configs in row_configs(loaded).values():
+            for config in configs.values():
+                check_suite(loaded.suite, config)
+    assert check_match({"a": Cost(100, 1, 1), "b": Cost(104, 1, 1)}, 0.05) is None
+    assert "'b' has 106" in check_match({"a": Cost(100, 1, 1), "b": Cost(106, 1, 1)}, 0.05)
+
+
+def test_the_quickstart_rows_have_equal_parameters():
+    from mmdit_eval.cost import check_match, cost_of
+
+    from mmdit.config import load_study, row_configs
+
+    loaded = load_study(ROOT / "configs/studies/three_backbones.yaml")
+    costs = {row: cost_of(next(iter(configs.values()))) for row, configs in row_configs(loaded).items()}
+    assert check_match(costs, loaded.match.within) is None
+    assert all(cost.flops > 1e8 for cost in costs.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["configs/studies/quickstart.yaml", "--rows.unet.model.headdim", "3"], "did you mean 'model.head_dim'"),
+        (["configs/studies/quickstartt.yaml"], "did you mean configs/studies/quickstart.yaml"),
+        (["configs/studies/quickstart.yaml", "--suite.num_imges", "3"], "did you mean 'suite.num_images'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_costs_neither_time_nor_a_traceback(arguments, message):
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "scripts/ablate.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.perf_counter() - began < 10  # under 2 s on a quiet machine
+
+
+def test_an_interruption_is_passed_on_once_and_waited_for(tmp_path):
+    """The child saves after the first SIGINT; a second one would end it at once."""
+    note = tmp_path / "note"
+    child = (
+        "import signal, sys, time, pathlib\n"
+        f"note = pathlib.Path({str(note)!r})\n"
+        "def stop(*_):\n"
+        "    time.sleep(0.3); note.write_text(note.read_text() + 'saved '); sys.exit(75)\n"
+        "signal.signal(signal.SIGINT, stop)\n"
+        "note.write_text('ready ')\n"
+        "time.sleep(20)\n"
+    )
+
+    def interrupt():
+        while not note.exists() or "ready" not in note.read_text():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    code = run_process([sys.executable, "-c", child])
+    thread.join()
+    assert code == 75
+    assert note.read_text() == "ready saved "
