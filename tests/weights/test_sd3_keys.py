@@ -144,7 +144,7 @@ def test_foreign_keys_and_incomplete_triples_are_refused_by_name():
     with pytest.raises(ValueError, match=r"joint_blocks\.0\.x_block\.extra\.weight"):
         sd3.to_diffusers({**state, "joint_blocks.0.x_block.extra.weight": torch.zeros(1)})
     renamed = sd3.to_diffusers(state)
-    with pytest.raises(ValueError, match="decoder.weight"):
+    with pytest.raises(ValueError, match=r"decoder\.weight"):
         sd3.from_diffusers({**renamed, "decoder.weight": torch.zeros(1)})
     del renamed["transformer_blocks.1.attn.add_k_proj.bias"]
     with pytest.raises(ValueError, match=r"transformer_blocks\.1\.attn\.add_k_proj\.bias"):
