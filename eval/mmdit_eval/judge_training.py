@@ -194,7 +194,7 @@ def measure_judge(judge: Judge, records: Sequence[Any], images: np.ndarray, vae:
         out[name] = {"all": {"accuracy": round(float(nearest.mean()), 4), "n": len(nearest)}}
         for split, chosen in (("seen", ~heldout), ("heldout", heldout)):
             rows = np.flatnonzero(chosen)
-            scores = retrieval_scores(queries[rows], [records[i] for i in rows], bank, judge)
+            scores = retrieval_scores(queries[rows], [records[int(i)] for i in rows], bank, judge)
             out[name][split] = {
                 question: {
                     "accuracy": None if score["accuracy"] is None else round(score["accuracy"], 4),
