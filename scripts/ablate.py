@@ -17,14 +17,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("study", type=Path, help="YAML of the study; with --report-only its folder under runs/")
+    parser.add_argument("study", type=Path, help="YAML of the study; with --report-only also its folder")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the study's folder is made")
     parser.add_argument("--dry-run", action="store_true", help="print the grid and stop")
     parser.add_argument("--report-only", action="store_true", help="train and judge nothing")
     arguments, overrides = parser.parse_known_args()
     try:
         if arguments.report_only:
-            print(f"report: {write_reports(arguments.study)}")
+            print(f"report: {write_reports(arguments.study, out=arguments.out)}")
             return 0
         return run_study(arguments.study, overrides, out=arguments.out, dry_run=arguments.dry_run)
     except (ConfigError, FileNotFoundError) as error:

@@ -216,6 +216,9 @@ def verdict(files: Files) -> list[str]:
             "One seed ranks nothing: the intervals cover the chance of prompts and noise, not that of training. "
             "Another seed may turn the order round."
         )
+    codes = {(cell.result or {}).get("environment", {}).get("code") for cell in files.judged}
+    if len(codes) > 1:
+        sentences.append(f"Cells were judged by {len(codes)} versions of the code; judge them again to be sure.")
     if files.study.get("allow_confounded"):
         sentences.append(
             "The rows differ in more than the study names (allow_confounded): differences have no one cause."
@@ -251,6 +254,12 @@ def _difference(files: Files, first: str, second: str, score: str) -> list[str]:
         f"{first} minus {second} ({SPLITS[split]}), {scope}: {style.factor * difference['value']:+.{style.digits}f}"
         f"{points} [{interval}]{ending}."
     ]
+
+
+def same_items(files: Files) -> list[str]:
+    """Return the splits whose ceiling had to use the reference's own items, so that its distances are too small."""
+    splits = (files.ceiling or {}).get("splits", {})
+    return [split for split in splits if splits[split].get("details", {}).get("same_items_as_reference")]
 
 
 def ceiling_value(files: Files, split: str, score: str) -> float | None:

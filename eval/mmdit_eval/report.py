@@ -24,6 +24,7 @@ from mmdit_eval.findings import (  # fmt: skip
     cost_table,
     equal_budgets,
     read_study,
+    same_items,
     score_table,
     verdict,
 )
@@ -184,10 +185,23 @@ def html(files: Files) -> str:
         suite=files.study["suite"],
         study_yaml=yaml.safe_dump(files.study, sort_keys=False, width=100),
         stamp=json.dumps((files.judged[0].result or {})["stamp"], indent=2, ensure_ascii=False) if files.judged else "",
-        environment=(files.judged[0].result or {})["environment"] if files.judged else {},
+        environment=_environment(files),
+        paired=[SPLITS[split] for split in same_items(files)],
         command=files.book.get("command", ""),
         started=files.book.get("started", ""),
     )
+
+
+def _environment(files: Files) -> dict[str, Any]:
+    """Return where and with what the first judged cell was trained and judged."""
+    if not files.judged:
+        return {}
+    found: dict[str, Any] = dict((files.judged[0].result or {})["environment"])
+    trained = files.judged[0].folder / "environment.json"
+    if trained.is_file():
+        notes = json.loads(trained.read_text(encoding="utf-8"))
+        found.update({f"training {k}": v for k, v in notes.items() if isinstance(v, str | int | float | bool)})
+    return found
 
 
 def figures(files: Files, colours: Mapping[str, str]) -> list[dict[str, str]]:

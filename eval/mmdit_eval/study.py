@@ -73,9 +73,9 @@ def run_study(
     study_dir.mkdir(parents=True, exist_ok=True)
     book = Book(study_dir, study, cells, costs, command=" ".join(["python scripts/ablate.py", str(path), *overrides]))
     with interruptible():
-        for row, configs in cells.items():
-            for seed, config in configs.items():
-                train_cell(book, row, seed, config, study_dir, say)
+        for seed in study.seeds:  # seeds outside: whole comparisons are finished early
+            for row in cells:
+                train_cell(book, row, seed, cells[row][seed], study_dir, say)
         judge(book, study, cells, study_dir, say)
     report = write_reports(study_dir, say)
     failed = [name for name, cell in book.cells.items() if cell["status"] == "failed"]
@@ -85,10 +85,15 @@ def run_study(
     return 1 if failed else 0
 
 
-def write_reports(study_dir: Path, say: Say = print) -> Path:
-    """Print the table and write report.html, table.md, table.csv and summary.json from the files of a study."""
+def write_reports(study: Path, say: Say = print, out: str | Path = "runs") -> Path:
+    """Print the table and write report.html, table.md, table.csv and summary.json from the files of a study.
+
+    Args:
+        study: its folder, or its YAML (the folder is then `<out>/<name>`).
+    """
     from mmdit_eval.report import write_report
 
+    study_dir = Path(out) / load_study(study).name if study.is_file() else study
     say(f"\nWriting the report of {study_dir} ...")
     return write_report(study_dir)
 
@@ -162,7 +167,8 @@ def train_cell(book: Book, row: str, seed: int, config: RunConfig, study_dir: Pa
         raise StudyInterrupted(f"{name} was interrupted and has saved its state")
     else:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        book.mark(name, "failed", f"training ended with {how}; see above, or run: {' '.join(command)}")
+        hint = f"; if {run_dir} holds another run, remove it or rename the study (--name)" if code == 2 else ""
+        book.mark(name, "failed", f"training ended with {how}; see above, or run: {' '.join(command)}{hint}")
         say(f"{name}: failed with {how}; going on with the other cells")
 
 

@@ -325,11 +325,26 @@ def environment() -> dict[str, Any]:
 
     return {
         "mmdit_lab": __version__,
+        "code": _code_hash(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
     }
+
+
+@lru_cache(maxsize=1)
+def _code_hash() -> str:
+    """Hash of every source file of both packages: tells two versions apart with or without git."""
+    import mmdit
+    import mmdit_eval
+
+    digest = hashlib.sha256()
+    for package in (mmdit, mmdit_eval):
+        root = Path(str(package.__file__)).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _in_one_line(splits: Mapping[str, Any]) -> str:

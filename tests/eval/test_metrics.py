@@ -126,3 +126,42 @@ def test_a_suite_that_the_data_cannot_serve_is_refused_by_name():
         check_suite(SuiteConfig(metrics=("composition",)), run)
     with pytest.raises(ConfigError, match="did you mean 'frechet'"):
         check_suite(SuiteConfig(metrics=("frechett",)), run)
+
+
+def test_retrieval_asks_the_judge_about_each_emoji_and_states_chance(monkeypatch):
+    """True pictures are found among their relatives; pictures of another tone are not."""
+    from types import SimpleNamespace
+
+    from mmdit_eval import judge as judging
+    from mmdit_eval import metrics
+
+    tones = ("light", "medium", "dark")
+    records = [
+        SimpleNamespace(base=base, gender="", tone=tone, codepoints=f"{base} {tone}", caption=f"{base}: {tone}")
+        for base in ("hand", "foot")
+        for tone in (*tones, "")
+    ]
+
+    class Painted:
+        def embed(self, pictures):
+            return np.eye(len(records), dtype=np.float32)[pictures[:, 0, 0, 0]]
+
+    bank = judging.Bank(records, np.eye(len(records), dtype=np.float32))
+    monkeypatch.setattr(judging, "judge", Painted)
+    monkeypatch.setattr(metrics, "_emoji_bank", lambda config_json: bank)
+    dataset = SimpleNamespace(
+        records=lambda indices: [records[i] for i in indices], config=SimpleNamespace(model_dump_json=str)
+    )
+    rows = np.arange(len(records))
+    pictures = np.zeros((len(records), 8, 8, 3), dtype=np.uint8)
+    pictures[:, 0, 0, 0] = rows
+    extractor = load_extractor("pixel_statistics")
+    prompts = Reference("seen", dataset, rows, [r.caption for r in records], pictures, extractor)
+    right = METRICS["retrieval"].function(Drawn(pictures, prompts, prompts, SuiteConfig()))
+    assert {name: value["value"] for name, value in right.scores.items()} == {"same_base": 1.0, "same_tone": 1.0}
+    assert right.chance["same_tone"] == pytest.approx(1 / 2)
+    assert right.per_image["same_base"][3] is None  # no tone, nothing to ask
+    shifted = pictures.copy()
+    shifted[:, 0, 0, 0] = [1, 2, 0, 3, 5, 6, 4, 7]
+    wrong = METRICS["retrieval"].function(Drawn(shifted, prompts, prompts, SuiteConfig()))
+    assert wrong.scores["same_base"]["value"] == 0.0

@@ -99,8 +99,11 @@ def test_an_interrupted_cell_ends_the_study_and_the_next_call_goes_on(study_file
         run_study(study_file, out=tmp_path / "runs", say=silent)
     book = json.loads((tmp_path / "runs/mini/study.json").read_text())
     assert [cell["status"] for cell in book["cells"].values()] == ["interrupted", "waiting"]
-    monkeypatch.setattr(study, "run_process", in_process)
+    called = []
+    monkeypatch.setattr(study, "run_process", lambda command: called.append(Path(command[3]).stem) or 0)
+    monkeypatch.setattr(study, "judge", lambda *given: None)
     assert run_study(study_file, out=tmp_path / "runs", say=silent) == 0
+    assert called == ["mmdit-s0", "unet-s0"]
 
 
 def test_a_dry_run_prints_the_grid_and_makes_nothing(study_file, tmp_path, capsys):
