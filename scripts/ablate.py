@@ -5,6 +5,7 @@ after Ctrl-C. Report only, from files: python scripts/ablate.py --report-only ru
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except StudyInterrupted as stopped:
-        print(f"\n{stopped}\ngo on with: python {' '.join(sys.argv)}", file=sys.stderr)
+        print(f"\n{stopped}\ngo on with: python {shlex.join(sys.argv)}", file=sys.stderr)
         return 75
 
 

@@ -249,11 +249,9 @@ def _difference(files: Files, first: str, second: str, score: str) -> list[str]:
     points = " points" if style.unit == "%" else ""
     interval = shown_interval(score, difference["low"], difference["high"])
     clear = difference["low"] > 0 or difference["high"] < 0
+    signed = f"{style.factor * difference['value']:+.{style.digits}f}".replace("-", "−")
     ending = "" if clear else ": no difference can be told"
-    return [
-        f"{first} minus {second} ({SPLITS[split]}), {scope}: {style.factor * difference['value']:+.{style.digits}f}"
-        f"{points} [{interval}]{ending}."
-    ]
+    return [f"{first} minus {second} ({SPLITS[split]}), {scope}: {signed}{points} [{interval}]{ending}."]
 
 
 def same_items(files: Files) -> list[str]:

@@ -45,12 +45,13 @@ def score_figure(
     for axis, data, label, unit in panels:
         for split, curves in data.items():
             for row, seeds in curves.items():
-                for points in seeds:
-                    x, y = np.array(points).T
-                    axis.plot(
-                        unit * x, style.factor * y, color=colours[row], linestyle=SPLIT_STYLES[split], marker="o",
-                        markersize=4, linewidth=1.8, markeredgewidth=0, alpha=0.9,
-                    )  # fmt: skip
+                curve = {"color": colours[row], "linestyle": SPLIT_STYLES[split], "markeredgewidth": 0}
+                tables = [np.array(points) * (unit, style.factor) for points in seeds]
+                if len(tables) > 1:  # seeds thin, their mean as the row's line
+                    for table in tables:
+                        axis.plot(*table.T, **curve, linewidth=0.8, alpha=0.35)
+                if len({len(table) for table in tables}) == 1:
+                    axis.plot(*np.mean(tables, axis=0).T, **curve, marker="o", markersize=4, linewidth=1.8)
             if split in ceiling:
                 axis.axhline(
                     style.factor * ceiling[split], color=CEILING, linestyle=SPLIT_STYLES[split], linewidth=1.0, zorder=0
@@ -146,7 +147,7 @@ def _legend(figure: Any, axis: Any, colours: Mapping[str, str], splits: Sequence
     if len(splits) > 1:
         handles += [Line2D([], [], color="#30343b", linestyle=SPLIT_STYLES[s], label=SPLIT_NAMES[s]) for s in splits]
     if ceiling:
-        handles.append(Line2D([], [], color=CEILING, linewidth=1, label="ceiling (true pictures through the VAE)"))
+        handles.append(Line2D([], [], color=CEILING, linewidth=1, label="ceiling"))
     figure.legend(
         handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9.5, handlelength=2.4, frameon=False
     )

@@ -31,10 +31,10 @@ SCORES: dict[str, Score] = {
     "same_tone": Score("right base", +1, 100, 1, "%"),  # among other bases in the same tone
     "same_gender": Score("right gender", +1, 100, 1, "%"),  # among the same base and tone
     "clip_score": Score("CLIP-score", +1, 1, 1),
-    "frechet": Score("Fréchet", -1, 1, 4),
-    "kernel": Score("kernel ×1000", -1, 1000, 3),
+    "frechet": Score("Fréchet", -1, 1, 3),
+    "kernel": Score("kernel ×1000", -1, 1000, 2),
     "cmmd": Score("CMMD", -1, 1, 3),
-    "validation_loss": Score("validation loss", -1, 1, 4),
+    "validation_loss": Score("validation loss", -1, 1, 3),
 }
 
 # what a study is judged by first, where it is measured
@@ -46,7 +46,8 @@ def shown(score: str, value: float | None, unit: bool = True) -> str:
     if value is None:
         return "–"
     style = SCORES.get(score, Score(score, +1))
-    return f"{style.factor * value:.{style.digits}f}" + (f" {style.unit}" if unit and style.unit else "")
+    number = f"{style.factor * value:.{style.digits}f}".replace("-", "−")
+    return number + (f" {style.unit}" if unit and style.unit else "")
 
 
 def shown_interval(score: str, low: float | None, high: float | None) -> str:

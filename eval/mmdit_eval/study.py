@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -71,7 +72,9 @@ def run_study(
 
     study_dir = Path(out) / study.name
     study_dir.mkdir(parents=True, exist_ok=True)
-    book = Book(study_dir, study, cells, costs, command=" ".join(["python scripts/ablate.py", str(path), *overrides]))
+    book = Book(
+        study_dir, study, cells, costs, command=shlex.join(["python", "scripts/ablate.py", str(path), *overrides])
+    )
     with interruptible():
         for seed in study.seeds:  # seeds outside: whole comparisons are finished early
             for row in cells:
@@ -168,7 +171,7 @@ def train_cell(book: Book, row: str, seed: int, config: RunConfig, study_dir: Pa
     else:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         hint = f"; if {run_dir} holds another run, remove it or rename the study (--name)" if code == 2 else ""
-        book.mark(name, "failed", f"training ended with {how}; see above, or run: {' '.join(command)}{hint}")
+        book.mark(name, "failed", f"training ended with {how}; see above, or run: {shlex.join(command)}{hint}")
         say(f"{name}: failed with {how}; going on with the other cells")
 
 
