@@ -20,7 +20,7 @@ from mmdit.diffusion.loss import equidistant_levels, loss_by_level
 from mmdit.encoders.vae import to_pixels
 from mmdit.pipeline import TextToImage
 from mmdit_eval.clip_score import clip_scores
-from mmdit_eval.features import Extractor, extract, tiny_clip
+from mmdit_eval.features import Extractor, extract, hash_tensors, tiny_clip
 from mmdit_eval.frechet import FloatArray, frechet_distance
 from mmdit_eval.kernel import cmmd, kernel_distance
 from mmdit_eval.statistics import Estimate, jackknife_interval, mean_interval, wilson_interval
@@ -103,10 +103,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """A function and the kind of data it needs (None: any)."""
+    """A function, the kind of data it needs (None: any), and a hash of the network that judges, if there is one."""
 
     function: Callable[[Drawn], Measured]
     data: str | None = None
+    judge: Callable[[], str] | None = None
 
 
 def _composition(drawn: Drawn) -> Measured:
@@ -134,6 +135,11 @@ def _clip_score(drawn: Drawn) -> Measured:
     images, text = clip.image_embeds(drawn.images), clip.text_embeds(drawn.prompts.captions)
     values = clip_scores(images.double().cpu().numpy(), text.double().cpu().numpy())
     return Measured({"clip_score": mean_interval(values)}, {"clip_score": [round(float(v), 4) for v in values]})
+
+
+def _clip_hash() -> str:
+    clip = tiny_clip()
+    return f"{hash_tensors(clip.image.state_dict())}-{clip.text.fingerprint[:16]}"
 
 
 def _distance(name: str, function: Callable[[FloatArray, FloatArray], float]) -> Callable[[Drawn], Measured]:
@@ -207,6 +213,12 @@ def _retrieval(drawn: Drawn) -> Measured:
     return measured
 
 
+def _emoji_judge_hash() -> str:
+    from mmdit_eval.judge import judge
+
+    return hash_tensors(judge().tower.state_dict())
+
+
 @lru_cache(maxsize=2)
 def _emoji_bank(config_json: str) -> Any:
     from mmdit_eval.judge import judge, make_bank
@@ -216,8 +228,8 @@ def _emoji_bank(config_json: str) -> Any:
 
 METRICS: dict[str, Metric] = {
     "composition": Metric(_composition, data="shapes"),
-    "retrieval": Metric(_retrieval, data="emoji"),
-    "clip_score": Metric(_clip_score),
+    "retrieval": Metric(_retrieval, data="emoji", judge=_emoji_judge_hash),
+    "clip_score": Metric(_clip_score, judge=_clip_hash),
     "frechet": Metric(_distance("frechet", frechet_distance)),
     "kernel": Metric(_distance("kernel", kernel_distance)),
     "cmmd": Metric(_distance("cmmd", cmmd)),

@@ -287,6 +287,7 @@ def make_stamp(config: RunConfig, suite: SuiteConfig, references: Mapping[str, R
         "version": PROTOCOL_VERSION,
         "metrics": list(suite.metrics),
         "extractor": {"name": extractor.name, "hash": extractor.hash, "resize": extractor.resize},
+        "judges": {name: judge() for name in suite.metrics if (judge := METRICS[name].judge) is not None},
         "references": {
             split: {
                 "num_images": len(reference.indices),
