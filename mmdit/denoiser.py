@@ -188,10 +188,18 @@ def skip_layers(denoiser: Denoiser, layers: Iterable[int]) -> Iterator[None]:
     """Leave out the named blocks while the context lasts (skip-layer guidance).
 
     Backbones read `skipped_layers(self)` once per forward, outside any compiled block.
+
+    Raises:
+        ValueError: a block that this denoiser does not have.
     """
-    module = unwrap(denoiser)
+    module, layers = unwrap(denoiser), frozenset(layers)
+    count = getattr(module, "num_blocks", None)
+    wrong = sorted(i for i in layers if i < 0 or (count is not None and i >= count))
+    if wrong:
+        known = "numbers from 0" if count is None else f"0 to {count - 1}"
+        raise ValueError(f"skip_layers: there are no blocks {wrong}; this denoiser has {known}")
     previous = skipped_layers(module)
-    module._skipped_layers = frozenset(layers)
+    module._skipped_layers = layers
     try:
         yield
     finally:

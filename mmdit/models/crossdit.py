@@ -49,6 +49,7 @@ class CrossDiT(nn.Module):
         self.blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch_size, config.out_channels)
         self.register_buffer("pos_embed", position_table(width, config.pos_embed_max_size, config.pos_embed_base_size))
+        self.num_blocks = config.depth
         initialize(self)
 
     def forward(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

@@ -242,7 +242,7 @@ class UNet(nn.Module):
         self.config = config
         base, time_dim, groups = config.model_channels, 4 * config.model_channels, config.norm_groups
         widths = [base * mult for mult in config.channel_mult]
-        self.num_transformer_blocks = 0
+        self.num_blocks = 0
 
         self.time_embed = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         if config.pooled_dim is not None:
@@ -291,8 +291,8 @@ class UNet(nn.Module):
         """Return the transformer of a block in a list, or an empty one where the stage has none."""
         if depth == 0:
             return []
-        first = self.num_transformer_blocks
-        self.num_transformer_blocks += depth
+        first = self.num_blocks
+        self.num_blocks += depth
         return [SpatialTransformer(channels, depth, self.config, first, name)]
 
     def forward(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

@@ -217,3 +217,17 @@ def test_attention_is_recorded_only_inside_the_context():
             assert attention_records(inner) is nested
         assert attention_records(inner) is outer
     assert attention_records(inner) is None
+
+
+@pytest.mark.parametrize("name", ["mmdit", "crossdit", "unet"])
+def test_a_block_that_does_not_exist_cannot_be_skipped(name):
+    from mmdit.config import model_config
+    from mmdit.models import build_denoiser
+
+    with torch.device("meta"):
+        denoiser = build_denoiser(model_config(name, "tiny", context_dim=16, pooled_dim=8))
+    with (
+        pytest.raises(ValueError, match=rf"no blocks \[99\].*0 to {denoiser.num_blocks - 1}"),
+        skip_layers(denoiser, [0, 99]),
+    ):
+        pass

@@ -213,7 +213,7 @@ def test_a_fresh_unet_predicts_exactly_zero_and_its_branches_are_closed():
 
 def test_skipping_a_transformer_block_leaves_out_that_one_alone():
     ours = small(**SMALL_XL)
-    assert ours.num_transformer_blocks == 1 + 2 + 2 + 4 + 2
+    assert ours.num_blocks == 1 + 2 + 2 + 4 + 2
     latents, timestep, conditioning = inputs(ours.config)
     with torch.no_grad():
         full = ours(latents, timestep, conditioning)
@@ -237,7 +237,7 @@ def test_recorded_attention_names_each_block_and_sums_to_one_over_attended_token
     with torch.no_grad():
         plain = ours(latents, timestep, conditioning._replace(context_mask=mask))
     assert torch.equal(recorded, plain)
-    assert len(records) == ours.num_transformer_blocks == 7
+    assert len(records) == ours.num_blocks == 7
     modules = dict(ours.named_modules())
     for name, (weights,) in records.items():
         assert name in modules
