@@ -145,7 +145,10 @@ def train_judge(
         optimizer.step()
         made = step + 1
         if made % 100 == 0:
-            print(json.dumps({"step": made, "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}))
+            print(
+                json.dumps({"step": made, "loss": round(loss.item(), 4), "seconds": round(time.time() - began)}),
+                flush=True,
+            )
 
     state = {name: tensor.half().contiguous() for name, tensor in tower.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
