@@ -8,6 +8,7 @@ import torch
 from mmdit.config import ShapesConfig, VAEConfig
 from mmdit.data import make_dataset
 from mmdit.encoders.vae import TINY, AutoencoderKL, load_vae, sample, to_images, to_pixels, vae_loss
+from mmdit.train.tiny_vae import Stage, draw_batch, latent_statistics, outline_weight, psnr, train_stage
 from mmdit.weights.vae import to_diffusers
 
 SMALL = {"block_channels": (8, 16, 16), "norm_groups": 4, "num_res_blocks": 1}
@@ -155,6 +156,8 @@ def test_the_tiny_vae_reconstructs_shapes_as_well_as_its_record_says():
     assert (-10 * error.log10()).mean() > 33.0
     assert record["quality"]["shapes_seen"]["psnr_mean_over_images"] >= 34.0
     assert record["quality"]["emoji_heldout"]["psnr_mean_over_images"] >= 28.0
+    for split in ("shapes_seen", "shapes_heldout"):
+        assert record["quality"][split]["oracle"]["all_correct"]["value"] >= 0.98
 
 
 def test_the_tiny_vae_has_latents_of_mean_zero_and_deviation_one():
@@ -173,3 +176,51 @@ def test_the_tiny_vae_is_small_and_what_its_record_names():
     assert TINY.stat().st_size <= 3_500_000
     assert hashlib.sha256(TINY.read_bytes()).hexdigest() == record["sha256"]
     assert load_vae("tiny").config == VAEConfig(**record["config"])
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------
+
+
+def test_outlines_weigh_more_and_emoji_stay_as_they_are():
+    pixels = torch.full((2, 3, 16, 16), -0.9)
+    pixels[:, 0, 8, 8] = 0.9
+    weight = outline_weight(pixels, shapes=1, outline=7.0)
+    assert weight.shape == (2, 1, 16, 16)
+    assert weight[0, 0, 6:11, 6:11].unique().tolist() == [8.0]
+    assert weight[0].sum() == 16 * 16 + 7 * 25
+    assert weight[1].unique().tolist() == [1.0]
+    assert outline_weight(pixels, shapes=1, outline=0.0) is None
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    arrays = [torch.randint(0, 256, (9, 8, 8, 3), dtype=torch.uint8).numpy() for _ in range(2)]
+    first = draw_batch(arrays, (2, 3), seed=0, step=5)
+    assert first.shape == (5, 3, 8, 8)
+    assert torch.equal(first, draw_batch(arrays, (2, 3), seed=0, step=5))
+    assert not torch.equal(first, draw_batch(arrays, (2, 3), seed=0, step=6))
+
+
+def test_a_stage_learns_and_its_file_is_read_back(tmp_path):
+    shapes = make_dataset(ShapesConfig(), "train").pixels(range(8))[:, 16:48, 16:48]
+    config = VAEConfig(**SMALL, stem_patch=2, mid_attention=False, shift=0.0, scale=1.0)
+    torch.manual_seed(0)
+    stage = Stage(images=240, schedule_images=240, lr=3e-3, batch_shapes=2, batch_emoji=2, outline=1.0)
+    vae = AutoencoderKL(config)
+    before = psnr(vae, shapes)[0]
+    average, curve = train_stage(vae, [shapes, shapes], stage, number=0, seed=0, snapshot=tmp_path, snapshot_every=30)
+    assert [line["step"] for line in curve] == [30, 60]
+    assert psnr(average, shapes)[0] > before + 3.0
+    loaded = load_vae(tmp_path / "vae.safetensors")
+    assert loaded.config == config
+    assert all(torch.equal(a.half().float(), b) for a, b in zip(average.parameters(), loaded.parameters(), strict=True))
+
+
+def test_statistics_bring_posterior_samples_to_mean_zero_and_deviation_one():
+    vae = build(shift=0.0, scale=1.0)
+    images = torch.randint(0, 256, (40, 16, 16, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
+    shift, scale = latent_statistics(vae, images)
+    ready = build(shift=shift, scale=scale)
+    noise = torch.randn(40, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    latents = ready.encode(to_pixels(images), noise)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.15
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(16), atol=0.15, rtol=0)
