@@ -78,18 +78,23 @@ def measure_vae(vae: AutoencoderKL, emoji: EmojiConfig | None = None, scenes: in
     return out
 
 
+def add_quality(folder: Path, emoji: Path) -> dict[str, Any]:
+    """Measure the VAE of a folder, note the result in its vae.json and return it."""
+    quality = measure_vae(load_vae(folder / "vae.safetensors"), EmojiConfig(path=emoji))
+    file = folder / "vae.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["quality"] = {"command": "python -m mmdit_eval.vae_quality", "seed": SEED, **quality}
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record["quality"]
+
+
 def main() -> None:
     """Measure the VAE of a folder and note the result in its vae.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("mmdit/encoders/tiny"))
     parser.add_argument("--emoji", type=Path, default=Path("data/emoji.parquet"))
     arguments = parser.parse_args()
-    quality = measure_vae(load_vae(arguments.folder / "vae.safetensors"), EmojiConfig(path=arguments.emoji))
-    file = arguments.folder / "vae.json"
-    record = json.loads(file.read_text(encoding="utf-8"))
-    record["quality"] = {"command": "python -m mmdit_eval.vae_quality", "seed": SEED, **quality}
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record["quality"], indent=1))
+    print(json.dumps(add_quality(arguments.folder, arguments.emoji), indent=1))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,10 @@ class ClipTokenizer:
         rows = self._tokenizer([clean(prompt) for prompt in prompts], truncation=False)["input_ids"]
         return [row if len(row) <= CLIP_LENGTH else [*row[: CLIP_LENGTH - 1], CLIP_END] for row in rows]
 
+    def id_to_piece(self, index: int) -> str:
+        """Return the piece of one id; pieces that end a word end with "</w>"."""
+        return self._tokenizer.convert_ids_to_tokens(index)
+
 
 @lru_cache(maxsize=1)
 def _clip_from_package() -> Any:

@@ -140,19 +140,20 @@ def load_folders(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def save_tower(folder: Path, name: str, tower: Tower, token_ids: Tensor | None = None) -> None:
-    """Write one tiny tower in fp16; CLIP towers keep the rows of `token_ids` and one shared row, their mean."""
+    """Write one tiny tower in fp16.
+
+    Args:
+        token_ids: int64 [K], CLIP only: the ids of the first K rows of its table; the row after them is the shared one.
+    """
     from safetensors.torch import save_file
 
     tensors = dict(tower.module.state_dict())
     if name == "t5":
         tensors.pop("encoder.embed_tokens.weight", None)  # tied to `shared.weight`; safetensors refuses the copy
     else:
-        tensors = {f"text_model.{key}" if not key.startswith("text_") else key: value for key, value in tensors.items()}
-        table = tensors.pop(_TOKEN_TABLE)
         assert token_ids is not None
-        rows = table[token_ids]
-        tensors["token_ids"] = token_ids.to(torch.int32)
-        tensors["token_rows"] = torch.cat([rows, rows.mean(dim=0, keepdim=True)])
+        tensors = {key if key.startswith("text_") else f"text_model.{key}": value for key, value in tensors.items()}
+        tensors |= {"token_ids": token_ids.to(torch.int32), "token_rows": tensors.pop(_TOKEN_TABLE)}
     tensors |= {"state_mean": tower.state_mean, "state_std": tower.state_std}
     save_file(
         {key: (value.half() if value.is_floating_point() else value).contiguous() for key, value in tensors.items()},

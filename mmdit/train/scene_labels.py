@@ -94,11 +94,11 @@ def word_labels(caption: str, scene: Scene) -> tuple[list[str], np.ndarray]:
     return kinds, labels
 
 
-def swapped_scenes(scene: Scene) -> dict[str, Scene]:
+def swapped_scenes(scene: Scene, heldout: bool = False) -> dict[str, Scene]:
     """Return minimal pairs of a two-object scene: what a caption of the same words, wrongly bound, would describe.
 
     `order`: the objects exchanged; `colour`, `shape`: that attribute exchanged between the objects; `axis`: the other
-    relation. Held-out combinations and scenes equal to this one are left out.
+    relation. Scenes equal to this one are left out, and held-out combinations, which training must not show.
     """
     if scene.relation is None:
         return {}
@@ -109,7 +109,7 @@ def swapped_scenes(scene: Scene) -> dict[str, Scene]:
         "shape": replace(scene, objects=(replace(a, shape=b.shape), replace(b, shape=a.shape))),
         "axis": replace(scene, relation="above" if scene.relation == "left" else "left"),
     }
-    return {name: swap for name, swap in swaps.items() if not is_heldout(swap) and not _same(swap, scene)}
+    return {name: swap for name, swap in swaps.items() if (heldout or not is_heldout(swap)) and not _same(swap, scene)}
 
 
 def is_heldout(scene: Scene) -> bool:

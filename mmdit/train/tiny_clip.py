@@ -1,0 +1,423 @@
+"""Train the embedded CLIP pair: one image tower against a CLIP-L-like and a CLIP-G-like text tower.
+
+    python scripts/train_tiny_encoders.py --part clip
+
+A plain contrastive loss tells "A left of B" from "B left of A" hardly better than a coin (facts: 53 %), because random
+captions seldom differ in order alone. So two-object pictures also compete against captions of the same words wrongly
+bound, and heads on all three pooled vectors, thrown away afterwards, name the scene's objects in order.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit import rng
+from mmdit.config import EmojiConfig
+from mmdit.data.emoji import EmojiDataset, EmojiRecord
+from mmdit.data.shapes import COLOURS, SHAPES, Scene, draw_scene, render
+from mmdit.encoders.clip import IMAGE_FILE, ImageTower, TinyClip, contrastive_loss, images_to_pixels, load_tiny_clip
+from mmdit.encoders.text import TextEncoders, clip_lengths
+from mmdit.encoders.tokenizers import CLIP_END, CLIP_START, CLIP_VOCAB_SIZE, ClipTokenizer, pad
+from mmdit.encoders.towers import Tower, build_tower, save_tower, tower_states
+from mmdit.train.scene_labels import IGNORE, canonical_list, group_labels, swapped_scenes
+from mmdit.train.tiny_text import SEED, hardware, paraphrase_cosines, probe_emoji, probe_scenes, write_description
+
+_COMMON = {"max_position_embeddings": 77, "num_hidden_layers": 3, "bos_token_id": CLIP_START, "pad_token_id": CLIP_END}
+CLIP_CONFIGS: dict[str, dict[str, Any]] = {
+    "clip_l": {
+        "hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 3, "hidden_act": "quick_gelu",
+        "projection_dim": 96, **_COMMON,
+    },
+    "clip_g": {
+        "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "hidden_act": "gelu",
+        "projection_dim": 128, **_COMMON,
+    },
+}  # fmt: skip
+IMAGE_CONFIG: dict[str, Any] = {"resolution": 64, "patch_size": 8, "width": 128, "depth": 4, "num_heads": 4,
+                "projections": {"clip_l": 96, "clip_g": 128}}  # fmt: skip
+_LOOKS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+_AXES = (None, "left", "above")
+
+
+def occurring_ids(tokenizer: ClipTokenizer, emoji: Sequence[EmojiRecord], scenes: int = 4_000) -> Tensor:
+    """Return the sorted ids that our captions use: int64 [K]."""
+    captions = [record.caption for record in emoji]
+    for index in range(scenes):
+        scene = draw_scene(SEED, index, "train", 6)
+        captions += [scene.short(0), scene.short(1), scene.long()]
+    return torch.tensor(sorted({i for row in tokenizer(captions) for i in row}))
+
+
+class Towers(nn.Module):
+    """The trainee: two text towers over a compact vocabulary, the image tower, and heads that are thrown away."""
+
+    def __init__(self, token_ids: Tensor, emoji: Sequence[EmojiRecord]) -> None:
+        super().__init__()
+        self.register_buffer("token_ids", token_ids)
+        end = int((token_ids == CLIP_END).nonzero()[0])
+        compact: dict[str, Any] = {
+            "vocab_size": len(token_ids) + 1,
+            "eos_token_id": end,
+            "bos_token_id": end - 1,
+            "pad_token_id": end,
+        }
+        # plain softmax: torch's fused attention is slower on a CPU where sequences are this short
+        compact["attn_implementation"] = "eager"
+        self.text = nn.ModuleDict({name: build_tower(name, {**c, **compact}) for name, c in CLIP_CONFIGS.items()})
+        self.image = ImageTower(**IMAGE_CONFIG)
+        self.vocabulary = [sorted({getattr(r, field) for r in emoji}) for field in ("tone", "gender")]
+        self.sizes = [len(COLOURS), len(SHAPES)] * 2 + [len(_AXES), *map(len, self.vocabulary)]
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Linear(width, len(_LOOKS) + sum(self.sizes))
+                for name, width in (("image", 128), ("clip_l", 96), ("clip_g", 128))
+            }
+        )
+
+    def compact(self, ids: Tensor, unknown: Tensor | None = None) -> Tensor:
+        """Map CLIP's ids to rows of the compact table; ids outside it, and `unknown` places, take the shared row."""
+        rows = torch.searchsorted(self.token_ids, ids).clamp(max=len(self.token_ids) - 1)
+        rows = torch.where(self.token_ids[rows] == ids, rows, len(self.token_ids))
+        return rows if unknown is None else torch.where(unknown, len(self.token_ids), rows)
+
+
+def head_labels(scene: Scene | None, vocabulary: list[list[str]], record: EmojiRecord | None) -> tuple[Tensor, Tensor]:
+    """Return presence of each look, float [48], and classes int64 [7]: two slots' colour and shape, axis, tone, gender.
+
+    Only a pair has slots and only an emoji has tone and gender; other places hold `IGNORE`.
+    """
+    presence, classes = torch.zeros(len(_LOOKS)), torch.full((7,), IGNORE)
+    if record is not None:
+        classes[5], classes[6] = vocabulary[0].index(record.tone), vocabulary[1].index(record.gender)
+    if scene is not None:
+        for item in scene.objects:
+            presence[_LOOKS.index((item.colour, item.shape))] = 1.0
+        classes[4] = _AXES.index(scene.relation)
+        if scene.relation is not None:
+            for slot, labels in enumerate(group_labels(scene)):
+                classes[2 * slot], classes[2 * slot + 1] = labels[0] - 1, labels[1] - 1
+    return presence, classes
+
+
+def head_loss(logits: Tensor, presence: Tensor, classes: Tensor, shapes: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return presence's and slots' cross-entropies; `shapes` bool [B] marks rows that are scenes."""
+    looks, *parts = logits.float().split([len(_LOOKS), *sizes], dim=1)
+    loss = 8 * F.binary_cross_entropy_with_logits(looks[shapes], presence[shapes])
+    for i, part in enumerate(parts):
+        if (classes[:, i] != IGNORE).any():
+            loss = loss + F.cross_entropy(part, classes[:, i], ignore_index=IGNORE)
+    return loss
+
+
+def train_clip(
+    out: Path,
+    *,
+    emoji_path: Path = Path("data/emoji.parquet"),
+    seconds: float | None = None,
+    steps: int = 1_500,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train the pair, write clip_l, clip_g and clip_image.safetensors to `out`, and return {"config", "training"}.
+
+    Args:
+        seconds: stop after this many seconds of training instead of `steps` (then not reproducible step by step).
+        batch_size: pictures a step, a sixth of them emoji.
+    """
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    emoji = EmojiDataset(EmojiConfig(path=emoji_path, flip=True), "train")
+    records = emoji.records(range(len(emoji)))
+    pictures = emoji.pixels(range(len(emoji)))
+    tokenizer = ClipTokenizer()
+    towers = Towers(occurring_ids(tokenizer, records), records)
+    decay = [p for p in towers.parameters() if p.ndim >= 2]
+    rest = [p for p in towers.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+
+    started, step = time.perf_counter(), 0
+    average: dict[str, float] = {}
+    while True:
+        elapsed = time.perf_counter() - started
+        progress = step / steps if seconds is None else elapsed / seconds
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = _clip_losses(towers, tokenizer, records, pictures, step, batch_size, seed)
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        nn.utils.clip_grad_norm_(towers.parameters(), 1.0)
+        optimizer.step()
+        for name, loss in losses.items():
+            value = float(loss.detach())
+            average[name] = 0.95 * average.get(name, value) + 0.05 * value
+        step += 1
+        if step % 250 == 0:
+            write_clip(out, copy.deepcopy(towers).eval(), tokenizer, records)
+        if step % 50 == 0:
+            log(f"clip step {step} {elapsed:.0f} s " + " ".join(f"{k} {v:.3f}" for k, v in average.items()))
+    training = {"seconds": round(time.perf_counter() - started), "steps": step, "batch_size": batch_size, "lr": lr,
+                "seed": seed, "threads": torch.get_num_threads(), "hardware": hardware(), "loss": average}  # fmt: skip
+    config = write_clip(out, towers.eval(), tokenizer, records)
+    return {"config": config, "training": training}
+
+
+def _clip_losses(
+    towers: Towers,
+    tokenizer: ClipTokenizer,
+    records: Sequence[EmojiRecord],
+    pictures: np.ndarray,
+    step: int,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    random = rng.generator(seed, "data_order", step)
+    num_emoji, long = batch_size // 6, step % 10 == 9
+    captions: list[str] = []
+    keys: list[str] = []  # what a caption says, whatever its wording
+    wrong: list[Scene] = []
+    scenes: list[Scene] = []
+    for i in range(batch_size - num_emoji):
+        scene = draw_scene(SEED, step * batch_size + i, "train", 2 if random.random() < 0.75 else 6)
+        scenes.append(scene)
+        keys.append(canonical_list(scene))
+        captions.append(scene.long() if long else scene.short(int(random.integers(2))))
+        swaps = swapped_scenes(scene)
+        if swaps and not long:
+            names = [name for name in swaps if name != "order"]
+            chosen = (["order"] if "order" in swaps else []) + (
+                [names[int(random.integers(len(names)))]] if names else []
+            )
+            wrong += [swaps[name] for name in chosen]
+    chosen_emoji = random.integers(len(records), size=num_emoji)
+    of_emoji = [records[int(i)] for i in chosen_emoji]
+    captions += [record.caption for record in of_emoji]
+    keys += [record.caption for record in of_emoji]
+    captions += [scene.short(int(random.integers(2))) for scene in wrong]
+    keys += [canonical_list(scene) for scene in wrong]
+    numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    key_ids = torch.tensor([numbers[key] for key in keys])
+
+    drawn = np.concatenate([np.stack([render(scene) for scene in scenes]), _jitter(pictures[chosen_emoji], random)])
+    features = towers.image(images_to_pixels(drawn, 64))
+    rows = tokenizer(captions)
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = pad(rows, CLIP_END, int(lengths.max()))
+    unknown = torch.from_numpy(random.random(ids.shape) < 0.005) & (ids != CLIP_END) & (ids != CLIP_START)
+    ids = towers.compact(ids, unknown)
+
+    labels = [head_labels(scene, towers.vocabulary, None) for scene in [*scenes, *wrong]]
+    labels[len(scenes) : len(scenes)] = [head_labels(None, towers.vocabulary, record) for record in of_emoji]
+    presence, classes = torch.stack([a for a, _ in labels]), torch.stack([b for _, b in labels])
+    shapes = torch.tensor([True] * len(scenes) + [False] * num_emoji + [True] * len(wrong))
+    losses: dict[str, Tensor] = {}
+    losses["image heads"] = head_loss(
+        towers.heads["image"](features), presence[:batch_size], classes[:batch_size], shapes[:batch_size], towers.sizes
+    )
+    for name in CLIP_CONFIGS:
+        pooled = _pooled(towers.text[name], ids, lengths)
+        embeds = towers.image.projections[name](features)
+        scale = towers.image.log_scales[name]
+        losses[name] = 2 * contrastive_loss(embeds.float(), pooled.float(), scale, key_ids[:batch_size], key_ids)
+        if not long:  # a cut caption does not name every object
+            losses[f"{name} heads"] = 0.3 * head_loss(
+                towers.heads[name](pooled), presence, classes, shapes, towers.sizes
+            )
+    return losses
+
+
+def _pooled(module: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Return pooled vectors [B, G], running rows of like length together."""
+    parts, places = [], []
+    group = torch.bucketize(lengths, torch.tensor([8, 16, 32]))
+    for rows in (torch.nonzero(group == g).flatten() for g in range(4)):
+        if len(rows):
+            _, pooled = tower_states(module, ids[rows, : int(lengths[rows].max())], None)
+            assert pooled is not None
+            parts.append(pooled)
+            places.append(rows)
+    return torch.cat(parts)[torch.argsort(torch.cat(places))]
+
+
+def _jitter(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Shift emoji by up to 3 pixels over their white ground: there is one picture of each."""
+    padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), constant_values=255)
+    top, left = random.integers(0, 7, size=2)
+    return padded[:, top : top + images.shape[1], left : left + images.shape[2]]
+
+
+@torch.no_grad()
+def write_clip(
+    out: Path, towers: Towers, tokenizer: ClipTokenizer, records: Sequence[EmojiRecord]
+) -> dict[str, dict[str, Any]]:
+    """Measure the states' statistics, bring pooled vectors to unit spread, and write the three files."""
+    from safetensors.torch import save_file
+
+    captions = [r.caption for r in records[:600]]
+    captions += [draw_scene(SEED, 20_000_000 + i, "train", 6 if i % 4 == 0 else 2).short(i % 2) for i in range(3_400)]
+    rows = tokenizer(captions)
+    configs: dict[str, dict[str, Any]] = {}
+    for name, module in towers.text.items():
+        seen, vectors = [], []
+        for start in range(0, len(rows), 250):
+            ids = pad(rows[start : start + 250], CLIP_END, max(map(len, rows[start : start + 250])))
+            real = torch.arange(ids.shape[1])[None] < clip_lengths(ids)[:, None]
+            states, pooled = tower_states(module, towers.compact(ids), None)
+            seen.append(states[real])
+            vectors.append(pooled)
+        every = torch.cat(seen).double()
+        mean, std = every.mean(dim=0).float(), every.std(dim=0).clamp(min=1e-3).float()
+        # the cosine does not see the scale of the pooled vector, a denoiser does
+        spread = 1 / torch.cat(vectors).std(dim=0).square().mean().sqrt()
+        if hasattr(module, "text_projection"):
+            module.text_projection.weight.mul_(spread)
+        else:
+            norm = getattr(module, "text_model", module).final_layer_norm
+            norm.weight.mul_(spread)
+            norm.bias.mul_(spread)
+        save_tower(out, name, Tower(module, mean.half().float(), std.half().float()), towers.token_ids)
+        configs[name] = {**CLIP_CONFIGS[name], "vocab_size": CLIP_VOCAB_SIZE, "eos_token_id": CLIP_END}
+    tensors = {key: value.half().contiguous() for key, value in towers.image.state_dict().items()}
+    save_file(tensors, out / IMAGE_FILE)
+    configs["clip_image"] = dict(IMAGE_CONFIG)
+    return configs
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def probe_clip(clip: TinyClip, emoji_path: Path) -> dict[str, Any]:
+    """Measure retrieval and minimal pairs on fresh scenes, and what can be read from the text towers; in per cent."""
+    report: dict[str, Any] = {
+        "top-1 of 64, 1-2 objects": top_one(clip, 2),
+        "top-1 of 64, 1-4 objects": top_one(clip, 4),
+        "minimal pairs, seen": minimal_pairs(clip, "seen"),
+        "minimal pairs, heldout": minimal_pairs(clip, "heldout"),
+    }
+    for split in ("seen", "heldout"):
+        emoji = EmojiDataset(EmojiConfig(path=emoji_path), split)
+        chosen = np.random.default_rng(0).permutation(len(emoji))[: 64 * (3 if split == "heldout" else 16)]
+        report[f"emoji top-1 of 64, {split}"] = _top_one(clip, emoji.pixels(chosen), emoji.captions(chosen))
+    report["text towers"] = probe_clip_text(clip.text, emoji_path)
+    return report
+
+
+def _top_one(clip: TinyClip, images: np.ndarray, captions: Sequence[str], group: int = 64) -> dict[str, float]:
+    """Return how often the right caption (picture) wins among `group`, all different."""
+    cosines = [
+        clip.image_embeds(images[i : i + group]) @ clip.text_embeds(captions[i : i + group]).T
+        for i in range(0, len(captions) - group + 1, group)
+    ]
+    right = torch.arange(group)
+    to_text = torch.stack([(c.argmax(dim=1) == right).float().mean() for c in cosines]).mean()
+    to_image = torch.stack([(c.argmax(dim=0) == right).float().mean() for c in cosines]).mean()
+    return {"to text": round(100 * float(to_text), 2), "to image": round(100 * float(to_image), 2)}
+
+
+def top_one(clip: TinyClip, max_objects: int, groups: int = 31, group: int = 64) -> dict[str, float]:
+    """Retrieve among 64 fresh scenes whose captions all say something different."""
+    images, captions, index = [], [], 0
+    for _ in range(groups):
+        keys: set[str] = set()
+        while len(keys) < group:
+            scene = draw_scene(SEED + 3, index, "seen", max_objects)
+            index += 1
+            if canonical_list(scene) not in keys:
+                keys.add(canonical_list(scene))
+                images.append(render(scene))
+                captions.append(scene.short())
+    return _top_one(clip, np.stack(images), captions, group)
+
+
+def minimal_pairs(clip: TinyClip, split: str, count: int = 1_000) -> dict[str, float]:
+    """Return how often a two-object picture prefers its caption to the same words wrongly bound, by kind."""
+    won: dict[str, list[Tensor]] = {}
+    scenes = [draw_scene(SEED + 4, i, split, 2) for i in range(3 * count)]
+    scenes = [scene for scene in scenes if scene.relation is not None][:count]
+    embeds = clip.image_embeds(np.stack([render(scene) for scene in scenes]))
+    true = (embeds * clip.text_embeds([scene.short() for scene in scenes])).sum(dim=1)
+    swaps = [swapped_scenes(scene, heldout=True) for scene in scenes]
+    for kind in ("order", "colour", "shape", "axis"):
+        rows = [i for i, swap in enumerate(swaps) if kind in swap]
+        wrong = (embeds[rows] * clip.text_embeds([swaps[i][kind].short() for i in rows])).sum(dim=1)
+        won.setdefault(kind, []).append((true[rows] > wrong).float())
+    return {kind: round(100 * float(torch.cat(values).mean()), 2) for kind, values in won.items()}
+
+
+@torch.no_grad()
+def probe_clip_text(text: TextEncoders, emoji_path: Path) -> dict[str, Any]:
+    """Run T5's gate on the CLIP stream and its pooled vector; for information, as they are causal."""
+    tokenizer = text.tokenizers["clip_l"]
+    begins = _WordEnds(tokenizer)
+
+    def states_of(captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out = text.encode(captions, "trim")
+        (_, start, stop, width), _ = out.streams or ()
+        assert out.context_mask is not None
+        assert out.pooled is not None
+        return (
+            out.context[:, start:stop, :width],
+            out.context_mask[:, start:stop],
+            text.tokenize(captions)["clip_l"][:, : stop - start],
+            out.pooled,
+        )
+
+    return {
+        "short, 1-2 objects": probe_scenes(states_of, begins.spread),
+        "cosine of pooled": paraphrase_cosines(lambda captions: states_of(captions)[3]),
+        "emoji": probe_emoji(lambda captions: states_of(captions)[3], emoji_path),
+    }
+
+
+class _WordEnds:
+    """As `tiny_text.Pieces`, for byte-pair tokens, which mark where a word ends."""
+
+    def __init__(self, tokenizer: ClipTokenizer) -> None:
+        self._names = tokenizer.id_to_piece
+
+    def spread(self, ids: Sequence[int], labels: np.ndarray) -> np.ndarray:
+        """Return int64 [tokens, attributes]; see `Pieces.spread`."""
+        out = np.full((len(ids), labels.shape[1]), IGNORE, dtype=np.int64)
+        word = 0
+        for place, index in enumerate(ids):
+            name = self._names(int(index))
+            if index in (CLIP_START, CLIP_END):
+                continue
+            letters = any(c.isalnum() for c in name.removesuffix("</w>"))
+            if letters and word < len(labels):
+                out[place] = labels[word]
+            # punctuation is a token of its own with its own "</w>", but no word of `str.split`
+            if letters and name.endswith("</w>"):
+                word += 1
+        return out
+
+
+def train_and_measure_clip(
+    out: Path, *, emoji_path: Path = Path("data/emoji.parquet"), **options: Any
+) -> dict[str, Any]:
+    """Train the pair, then load what was written, fp16 as it is shipped, and measure that.
+
+    Raises:
+        FileNotFoundError: `out` has no T5 yet, which the text encoders are loaded together with.
+    """
+    if not (out / "t5.safetensors").is_file():
+        raise FileNotFoundError(f"no T5 in {out}; `python scripts/train_tiny_encoders.py --part t5` makes it first")
+    result = train_clip(out, emoji_path=emoji_path, **options)
+    write_description(out, "clip", {**result, "quality": {}})
+    result["quality"] = probe_clip(load_tiny_clip(out), emoji_path)
+    return result
