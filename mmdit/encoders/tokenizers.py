@@ -55,7 +55,9 @@ class ClipTokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> list[list[int]]:
         """Encode: start, at most 75 tokens, end. Longer prompts keep their first 76 ids and the end token."""
-        rows = self._tokenizer([clean(prompt) for prompt in prompts], truncation=False)["input_ids"]
+        # "<|endoftext|>" written in a caption is text: it must not end the caption early
+        rows = self._tokenizer([clean(prompt) for prompt in prompts], truncation=False, split_special_tokens=True)
+        rows = rows["input_ids"]
         return [row if len(row) <= CLIP_LENGTH else [*row[: CLIP_LENGTH - 1], CLIP_END] for row in rows]
 
     def id_to_piece(self, index: int) -> str:
