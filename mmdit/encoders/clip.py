@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mmdit.encoders.tokenizers import TINY
 
 MAX_SCALE = 100.0  # of the logits, as in the paper: keeps training from collapsing onto single pairs
 IMAGE_FILE = "clip_image.safetensors"
+TOWERS = ("clip_l", "clip_g")  # the order of their parts in `pooled` and in embeddings
 
 
 def contrastive_loss(
@@ -74,41 +76,57 @@ class _Block(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """A small ViT, mean-pooled, with one projection per text tower. Source: Dosovitskiy et al. 2020, arXiv:2010.11929.
+    """A small ViT behind three strided convolutions, mean-pooled, with one projection per text tower.
+
+    Source: Dosovitskiy et al. 2020, arXiv:2010.11929; the stem: Xiao et al. 2021, arXiv:2106.14881. With a linear map
+    of 8-pixel patches instead, shapes of 11 to 19 pixels were not told apart after 19,000 pictures (tried).
 
     Args:
-        resolution: R, pixels; other sizes are resized to it.
-        patch_size, width, depth, num_heads: of the ViT.
+        resolution: R, pixels; other sizes are resized to it. One token for every 8 x 8 pixels.
+        width, depth, num_heads: of the ViT.
         projections: {text tower: width of its pooled vector}.
     """
 
     def __init__(
         self,
         resolution: int = 64,
-        patch_size: int = 8,
         width: int = 128,
-        depth: int = 4,
+        depth: int = 3,
         num_heads: int = 4,
         projections: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.resolution, self.patch_size = resolution, patch_size
-        self.patches = nn.Linear(3 * patch_size**2, width)
-        self.places = nn.Parameter(0.02 * torch.randn((resolution // patch_size) ** 2, width))
+        self.resolution = resolution
+        channels = (3, width // 4, width // 2, width)
+        self.stem = nn.ModuleList(nn.Conv2d(a, b, 5, stride=2, padding=2) for a, b in pairwise(channels))
+        self.stem_norms = nn.ModuleList(nn.GroupNorm(8, size) for size in channels[1:3])
+        self.stem.to(memory_format=torch.channels_last)  # twice as fast in bf16 on a CPU
+        self.places = nn.Parameter(0.1 * torch.randn((resolution // 8) ** 2, width))
         self.blocks = nn.ModuleList(_Block(width, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         sizes = projections or {"clip_l": 96, "clip_g": 128}
-        self.projections = nn.ModuleDict({name: nn.Linear(width, size, bias=False) for name, size in sizes.items()})
-        self.log_scales = nn.ParameterDict({name: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for name in sizes})
+        self.projections = nn.ModuleDict({name: nn.Linear(width, sizes[name], bias=False) for name in TOWERS})
+        self.log_scales = nn.ParameterDict({name: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for name in TOWERS})
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """Return the last block's tokens [B, N, width], row by row, of pixels [B, 3, R, R] in [-1, 1]."""
+        x = pixels.contiguous(memory_format=torch.channels_last)
+        for i, conv in enumerate(self.stem):
+            x = conv(x)
+            if i < len(self.stem_norms):
+                x = F.gelu(self.stem_norms[i](x))
+        x = rearrange(x, "B D h w -> B (h w) D") + self.places
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Return trunk features [B, width] of tokens [B, N, width]."""
+        return self.norm(tokens.mean(dim=1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return trunk features [B, width] of pixels [B, 3, R, R] in [-1, 1]."""
-        P = self.patch_size
-        x = rearrange(pixels, "B C (h p) (w q) -> B (h w) (C p q)", p=P, q=P)  # [B, N, 3 P P]
-        x = self.patches(x) + self.places
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x.mean(dim=1))  # [B, width]
+        return self.pool(self.tokens(pixels))
 
 
 def images_to_pixels(images: np.ndarray | Tensor, resolution: int) -> Tensor:
@@ -138,14 +156,14 @@ class TinyClip:
     def image_embeds(self, images: np.ndarray | Tensor) -> Tensor:
         """Return normalised embeddings [B, 224]; their product with `text_embeds` is the mean cosine of both towers."""
         features = self.image_features(images)
-        return _join([project(features) for project in self.image.projections.values()])
+        return _join([self.image.projections[name](features) for name in TOWERS])
 
     @torch.no_grad()
     def text_embeds(self, prompts: Sequence[str]) -> Tensor:
         """Return normalised embeddings of prompts, [B, 224]."""
         pooled = self.text.encode(prompts, "trim").pooled
         assert pooled is not None
-        return _join(list(pooled.split([p.out_features for p in self.image.projections.values()], dim=1)))
+        return _join(list(pooled.split([self.image.projections[name].out_features for name in TOWERS], dim=1)))
 
 
 def _join(parts: list[Tensor]) -> Tensor:

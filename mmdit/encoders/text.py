@@ -109,9 +109,13 @@ class TextEncoders:
         if isinstance(prompts, str):
             raise ValueError(f"prompts must be a list of strings, got the string {prompts!r}; write [{prompts!r}]")
         ids = {}
+        rows: dict[int, list[list[int]]] = {}  # the two CLIP towers usually share one tokenizer
         for name, value in CLIP_PAD.items():
             if name in self.tokenizers:
-                ids[name] = pad(self.tokenizers[name](prompts), value, CLIP_LENGTH)
+                tokenizer = self.tokenizers[name]
+                if id(tokenizer) not in rows:
+                    rows[id(tokenizer)] = tokenizer(prompts)
+                ids[name] = pad(rows[id(tokenizer)], value, CLIP_LENGTH)
         if "t5" in self.tokenizers:
             ids["t5"] = pad(self.tokenizers["t5"](prompts, self.t5_length), T5_PAD, self.t5_length)
         return ids

@@ -134,10 +134,13 @@ class T5Tokenizer:
         return hashlib.sha256(self._bytes).hexdigest()
 
 
-def train_t5_pieces(sentences: Sequence[str], path: str | Path, size: int = 1000) -> None:
+def train_t5_pieces(sentences: Sequence[str], path: str | Path, size: int = 1000, words: Sequence[str] = ()) -> None:
     """Train a unigram model of at most `size` pieces on `sentences` and write it to `path`.
 
     Source: Kudo 2018, arXiv:1804.10959. Deterministic: one thread, every sentence used.
+
+    Args:
+        words: each of them becomes one piece, whatever its frequency.
     """
     import io
 
@@ -150,6 +153,7 @@ def train_t5_pieces(sentences: Sequence[str], path: str | Path, size: int = 1000
         vocab_size=size,
         hard_vocab_limit=False,
         character_coverage=1.0,
+        user_defined_symbols=[f"\u2581{word}" for word in words],
         num_threads=1,
         pad_id=T5_PAD,
         eos_id=T5_END,

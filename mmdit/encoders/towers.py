@@ -75,7 +75,8 @@ def load_tiny(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Tow
 
     description = json.loads((folder / "text.json").read_text(encoding="utf-8"))
     towers: dict[str, Tower] = {}
-    tokenizers: dict[str, Any] = {}
+    clip = ClipTokenizer()
+    tokenizers: dict[str, Any] = {"clip_l": clip, "clip_g": clip, "t5": T5Tokenizer(folder)}
     for name in ENCODERS:
         module = build_tower(name, {**description["encoders"][name], **(overrides[name] or {})})
         tensors = {key: value.float() for key, value in load_file(folder / f"{name}.safetensors").items()}
@@ -84,7 +85,6 @@ def load_tiny(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Tow
             tensors[_TOKEN_TABLE] = expand_rows(tensors.pop("token_ids").long(), tensors.pop("token_rows"))
         load_strictly(module, tensors, f"{folder / name}.safetensors")
         towers[name] = Tower(module, mean, std)
-        tokenizers[name] = T5Tokenizer(folder) if name == "t5" else ClipTokenizer()
     return towers, tokenizers, int(description["encoders"]["t5"]["d_model"])
 
 

@@ -26,6 +26,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 ATTRIBUTES = tuple(CLASSES)
 _SINGULAR = {name: shape for shape in SHAPES for name in (shape, plural(shape))}
+GRAMMAR_WORDS = ("above", "below", "left", "right", *COLOURS, *_SINGULAR, "small", "large", *NUMBERS[2:])
 _WORD_KINDS = {
     **dict.fromkeys(COLOURS, "colour"),
     **dict.fromkeys(_SINGULAR, "shape"),

@@ -4,7 +4,9 @@
 
 A plain contrastive loss tells "A left of B" from "B left of A" hardly better than a coin (facts: 53 %), because random
 captions seldom differ in order alone. So two-object pictures also compete against captions of the same words wrongly
-bound, and heads on all three pooled vectors, thrown away afterwards, name the scene's objects in order.
+bound, and heads, thrown away afterwards, name the scene's objects in order from the pooled vectors, and each object
+from its words and from the picture's tokens that it covers. Without the heads on words and tokens neither side learnt
+order in 950 steps (tried: 49 % on swapped captions, 66 % top-1).
 """
 
 from __future__ import annotations
@@ -29,8 +31,25 @@ from mmdit.encoders.clip import IMAGE_FILE, ImageTower, TinyClip, contrastive_lo
 from mmdit.encoders.text import TextEncoders, clip_lengths
 from mmdit.encoders.tokenizers import CLIP_END, CLIP_START, CLIP_VOCAB_SIZE, ClipTokenizer, pad
 from mmdit.encoders.towers import Tower, build_tower, save_tower, tower_states
-from mmdit.train.scene_labels import IGNORE, canonical_list, group_labels, swapped_scenes
-from mmdit.train.tiny_text import SEED, hardware, paraphrase_cosines, probe_emoji, probe_scenes, write_description
+from mmdit.train.scene_labels import (
+    ATTRIBUTES,
+    IGNORE,
+    MAX_GROUPS,
+    canonical_list,
+    group_labels,
+    slot_labels,
+    swapped_scenes,
+    word_labels,
+)
+from mmdit.train.tiny_text import (
+    SEED,
+    SceneHeads,
+    hardware,
+    paraphrase_cosines,
+    probe_emoji,
+    probe_scenes,
+    write_description,
+)
 
 _COMMON = {"max_position_embeddings": 77, "num_hidden_layers": 3, "bos_token_id": CLIP_START, "pad_token_id": CLIP_END}
 CLIP_CONFIGS: dict[str, dict[str, Any]] = {
@@ -43,10 +62,11 @@ CLIP_CONFIGS: dict[str, dict[str, Any]] = {
         "projection_dim": 128, **_COMMON,
     },
 }  # fmt: skip
-IMAGE_CONFIG: dict[str, Any] = {"resolution": 64, "patch_size": 8, "width": 128, "depth": 4, "num_heads": 4,
+IMAGE_CONFIG: dict[str, Any] = {"resolution": 64, "width": 128, "depth": 3, "num_heads": 4,
                 "projections": {"clip_l": 96, "clip_g": 128}}  # fmt: skip
 _LOOKS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 _AXES = (None, "left", "above")
+_TOKEN_CLASSES = (1 + len(COLOURS), len(SHAPES), 2, 5)  # colour or ground; shape, size and place of the object there
 
 
 def occurring_ids(tokenizer: ClipTokenizer, emoji: Sequence[EmojiRecord], scenes: int = 4_000) -> Tensor:
@@ -77,11 +97,11 @@ class Towers(nn.Module):
         self.image = ImageTower(**IMAGE_CONFIG)
         self.vocabulary = [sorted({getattr(r, field) for r in emoji}) for field in ("tone", "gender")]
         self.sizes = [len(COLOURS), len(SHAPES)] * 2 + [len(_AXES), *map(len, self.vocabulary)]
-        self.heads = nn.ModuleDict(
-            {
-                name: nn.Linear(width, len(_LOOKS) + sum(self.sizes))
-                for name, width in (("image", 128), ("clip_l", 96), ("clip_g", 128))
-            }
+        width = self.image.norm.normalized_shape[0]
+        self.picture_head = nn.Linear(width, len(_LOOKS) + sum(self.sizes))
+        self.token_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(_TOKEN_CLASSES)))
+        self.scene_heads = nn.ModuleDict(
+            {name: SceneHeads(c["hidden_size"], emoji) for name, c in CLIP_CONFIGS.items()}
         )
 
     def compact(self, ids: Tensor, unknown: Tensor | None = None) -> Tensor:
@@ -109,13 +129,40 @@ def head_labels(scene: Scene | None, vocabulary: list[list[str]], record: EmojiR
     return presence, classes
 
 
-def head_loss(logits: Tensor, presence: Tensor, classes: Tensor, shapes: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return presence's and slots' cross-entropies; `shapes` bool [B] marks rows that are scenes."""
+def head_loss(logits: Tensor, presence: Tensor, classes: Tensor, num_scenes: int, sizes: Sequence[int]) -> Tensor:
+    """Return presence's and slots' cross-entropies; the first `num_scenes` rows are scenes, the others emoji."""
     looks, *parts = logits.float().split([len(_LOOKS), *sizes], dim=1)
-    loss = 8 * F.binary_cross_entropy_with_logits(looks[shapes], presence[shapes])
+    loss = 8 * F.binary_cross_entropy_with_logits(looks[:num_scenes], presence[:num_scenes])
     for i, part in enumerate(parts):
         if (classes[:, i] != IGNORE).any():
             loss = loss + F.cross_entropy(part, classes[:, i], ignore_index=IGNORE)
+    return loss
+
+
+def token_labels(scene: Scene) -> np.ndarray:
+    """Label the 8 x 8 grid of tokens: int64 [64, 4], `_TOKEN_CLASSES`; a token belongs to the object over it."""
+    out = np.zeros((64, 4), dtype=np.int64)
+    middle = 8 * (np.arange(8) + 0.5)  # pixels
+    for number, group in enumerate(scene.groups):
+        place = 0 if scene.relation is None else {"left": 1, "above": 3}[scene.relation] + number
+        for item in (scene.objects[i] for i in group):
+            away = np.maximum(np.abs(middle[None] - item.x), np.abs(middle[:, None] - item.y))
+            # every object has the token its centre lies in
+            inside = (away <= max(0.8 * item.radius, 4.01)).reshape(-1)
+            colour, shape = tuple(COLOURS).index(item.colour), SHAPES.index(item.shape)
+            out[inside] = (1 + colour, shape, item.size == "large", place)
+    return out
+
+
+def token_loss(logits: Tensor, scenes: Sequence[Scene]) -> Tensor:
+    """Return cross-entropies of what each token shows: logits [B, 64, sum of `_TOKEN_CLASSES`]."""
+    labels = torch.from_numpy(np.stack([token_labels(scene) for scene in scenes]))
+    colour, *others = logits.float().split(_TOKEN_CLASSES, dim=2)
+    covered = labels[..., 0] > 0
+    loss = F.cross_entropy(colour.flatten(0, 1), labels[..., 0].flatten())
+    loss = loss + F.cross_entropy(colour[covered], labels[..., 0][covered])  # the ground is most of a picture
+    for i, part in enumerate(others, start=1):
+        loss = loss + F.cross_entropy(part[covered], labels[..., i][covered])
     return loss
 
 
@@ -124,9 +171,9 @@ def train_clip(
     *,
     emoji_path: Path = Path("data/emoji.parquet"),
     seconds: float | None = None,
-    steps: int = 1_500,
-    batch_size: int = 128,
-    lr: float = 1e-3,
+    steps: int = 1_000,
+    batch_size: int = 96,
+    lr: float = 4e-3,
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -135,6 +182,7 @@ def train_clip(
     Args:
         seconds: stop after this many seconds of training instead of `steps` (then not reproducible step by step).
         batch_size: pictures a step, a sixth of them emoji.
+        lr: of the text towers; the image tower's is half of it.
     """
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -143,10 +191,12 @@ def train_clip(
     pictures = emoji.pixels(range(len(emoji)))
     tokenizer = ClipTokenizer()
     towers = Towers(occurring_ids(tokenizer, records), records)
-    decay = [p for p in towers.parameters() if p.ndim >= 2]
-    rest = [p for p in towers.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    text = {id(p) for p in [*towers.text.parameters(), *towers.scene_heads.parameters()]}
+    groups = [
+        {"params": [p for p in towers.parameters() if (id(p) in text) == of_text], "factor": factor}
+        for of_text, factor in ((True, 1.0), (False, 0.5))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
 
     started, step = time.perf_counter(), 0
     average: dict[str, float] = {}
@@ -156,7 +206,8 @@ def train_clip(
         if progress >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            warmup, cosine = min(1.0, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = group["factor"] * lr * warmup * (0.02 + 0.98 * cosine)
         with torch.autocast("cpu", torch.bfloat16):
             losses = _clip_losses(towers, tokenizer, records, pictures, step, batch_size, seed)
         optimizer.zero_grad(set_to_none=True)
@@ -171,8 +222,17 @@ def train_clip(
             write_clip(out, copy.deepcopy(towers).eval(), tokenizer, records)
         if step % 50 == 0:
             log(f"clip step {step} {elapsed:.0f} s " + " ".join(f"{k} {v:.3f}" for k, v in average.items()))
-    training = {"seconds": round(time.perf_counter() - started), "steps": step, "batch_size": batch_size, "lr": lr,
-                "seed": seed, "threads": torch.get_num_threads(), "hardware": hardware(), "loss": average}  # fmt: skip
+    training = {
+        "seconds": round(time.perf_counter() - started),
+        "steps": step,
+        "lr_schedule_by": "steps" if seconds is None else "seconds",
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(),
+        "loss": {name: round(value, 4) for name, value in average.items()},
+    }
     config = write_clip(out, towers.eval(), tokenizer, records)
     return {"config": config, "training": training}
 
@@ -187,18 +247,21 @@ def _clip_losses(
     seed: int,
 ) -> dict[str, Tensor]:
     random = rng.generator(seed, "data_order", step)
-    num_emoji, long = batch_size // 6, step % 10 == 9
+    num_emoji, num_long = batch_size // 6, batch_size // 24
     captions: list[str] = []
     keys: list[str] = []  # what a caption says, whatever its wording
     wrong: list[Scene] = []
+    said: list[tuple[Scene | None, EmojiRecord | None, bool]] = []  # of each caption; is it long
     scenes: list[Scene] = []
     for i in range(batch_size - num_emoji):
         scene = draw_scene(SEED, step * batch_size + i, "train", 2 if random.random() < 0.75 else 6)
         scenes.append(scene)
         keys.append(canonical_list(scene))
+        long = i < num_long
         captions.append(scene.long() if long else scene.short(int(random.integers(2))))
+        said.append((scene, None, long))
         swaps = swapped_scenes(scene)
-        if swaps and not long:
+        if swaps and i % 2 == 0 and not long:  # half of them: each wrong caption costs as much as a true one
             names = [name for name in swaps if name != "order"]
             chosen = (["order"] if "order" in swaps else []) + (
                 [names[int(random.integers(len(names)))]] if names else []
@@ -207,51 +270,76 @@ def _clip_losses(
     chosen_emoji = random.integers(len(records), size=num_emoji)
     of_emoji = [records[int(i)] for i in chosen_emoji]
     captions += [record.caption for record in of_emoji]
+    said += [(None, record, False) for record in of_emoji] + [(scene, None, False) for scene in wrong]
     keys += [record.caption for record in of_emoji]
-    captions += [scene.short(int(random.integers(2))) for scene in wrong]
+    wordings = random.integers(2, size=len(wrong))
+    captions += [scene.short(int(wording)) for scene, wording in zip(wrong, wordings, strict=True)]
     keys += [canonical_list(scene) for scene in wrong]
     numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
     key_ids = torch.tensor([numbers[key] for key in keys])
 
     drawn = np.concatenate([np.stack([render(scene) for scene in scenes]), _jitter(pictures[chosen_emoji], random)])
-    features = towers.image(images_to_pixels(drawn, 64))
+    tokens = towers.image.tokens(images_to_pixels(drawn, 64))
+    features = towers.image.pool(tokens)
     rows = tokenizer(captions)
     lengths = torch.tensor([len(row) for row in rows])
     ids = pad(rows, CLIP_END, int(lengths.max()))
     unknown = torch.from_numpy(random.random(ids.shape) < 0.005) & (ids != CLIP_END) & (ids != CLIP_START)
     ids = towers.compact(ids, unknown)
 
-    labels = [head_labels(scene, towers.vocabulary, None) for scene in [*scenes, *wrong]]
-    labels[len(scenes) : len(scenes)] = [head_labels(None, towers.vocabulary, record) for record in of_emoji]
+    labels = [head_labels(scene, towers.vocabulary, None) for scene in scenes]
+    labels += [head_labels(None, towers.vocabulary, record) for record in of_emoji]
     presence, classes = torch.stack([a for a, _ in labels]), torch.stack([b for _, b in labels])
-    shapes = torch.tensor([True] * len(scenes) + [False] * num_emoji + [True] * len(wrong))
-    losses: dict[str, Tensor] = {}
-    losses["image heads"] = head_loss(
-        towers.heads["image"](features), presence[:batch_size], classes[:batch_size], shapes[:batch_size], towers.sizes
-    )
+    losses = {
+        "picture": head_loss(towers.picture_head(features), presence, classes, len(scenes), towers.sizes),
+        "tokens": token_loss(towers.token_head(tokens[: len(scenes)]), scenes),
+    }
+    words, slots, parts = _text_labels(towers, tokenizer, rows, captions, said)
     for name in CLIP_CONFIGS:
-        pooled = _pooled(towers.text[name], ids, lengths)
+        states, pooled = _run_text(towers.text[name], ids, lengths)
         embeds = towers.image.projections[name](features)
         scale = towers.image.log_scales[name]
         losses[name] = 2 * contrastive_loss(embeds.float(), pooled.float(), scale, key_ids[:batch_size], key_ids)
-        if not long:  # a cut caption does not name every object
-            losses[f"{name} heads"] = 0.3 * head_loss(
-                towers.heads[name](pooled), presence, classes, shapes, towers.sizes
-            )
+        for part, loss in towers.scene_heads[name].loss(states, pooled, words, slots, parts).items():
+            losses[f"{name} {part}"] = 0.5 * loss
     return losses
 
 
-def _pooled(module: nn.Module, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Return pooled vectors [B, G], running rows of like length together."""
-    parts, places = [], []
+def _text_labels(
+    towers: Towers,
+    tokenizer: ClipTokenizer,
+    rows: Sequence[Sequence[int]],
+    captions: Sequence[str],
+    said: Sequence[tuple[Scene | None, EmojiRecord | None, bool]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return labels for `SceneHeads.loss`: words [B, L, attributes], slots [B, groups * attributes], emoji [B, 3]."""
+    ends = _WordEnds(tokenizer)
+    words = torch.full((len(rows), max(map(len, rows)), len(ATTRIBUTES)), IGNORE)
+    slots = torch.full((len(rows), MAX_GROUPS * len(ATTRIBUTES)), IGNORE)
+    parts = torch.full((len(rows), 3), IGNORE)
+    for i, (scene, record, long) in enumerate(said):
+        if record is not None:
+            parts[i] = torch.tensor(towers.scene_heads["clip_l"].emoji_labels(record))
+        if scene is not None:
+            words[i, : len(rows[i])] = torch.from_numpy(ends.spread(rows[i], word_labels(captions[i], scene)[1]))
+            if not long:  # a cut caption does not name every object
+                slots[i] = torch.from_numpy(slot_labels(scene).reshape(-1))
+    return words, slots, parts
+
+
+def _run_text(module: nn.Module, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return penultimate states [B, L, D] and pooled vectors [B, G], running rows of like length together."""
+    states, vectors, places = [], [], []
     group = torch.bucketize(lengths, torch.tensor([8, 16, 32]))
     for rows in (torch.nonzero(group == g).flatten() for g in range(4)):
         if len(rows):
-            _, pooled = tower_states(module, ids[rows, : int(lengths[rows].max())], None)
+            out, pooled = tower_states(module, ids[rows, : int(lengths[rows].max())], None)
             assert pooled is not None
-            parts.append(pooled)
+            states.append(F.pad(out, (0, 0, 0, ids.shape[1] - out.shape[1])))
+            vectors.append(pooled)
             places.append(rows)
-    return torch.cat(parts)[torch.argsort(torch.cat(places))]
+    back = torch.argsort(torch.cat(places))
+    return torch.cat(states)[back], torch.cat(vectors)[back]
 
 
 def _jitter(images: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -35,6 +35,7 @@ from mmdit.encoders.towers import Tower, build_tower, save_tower, tower_states
 from mmdit.train.scene_labels import (
     ATTRIBUTES,
     CLASSES,
+    GRAMMAR_WORDS,
     IGNORE,
     MAX_GROUPS,
     canonical_list,
@@ -99,7 +100,7 @@ def train_pieces(path: Path, emoji: Sequence[EmojiRecord], scenes: int = 6_000) 
         if index % 8 == 0:
             sentences.append(scene.long())
     sentences += [text for record in emoji for text in (record.caption, emoji_list(record))]
-    train_t5_pieces(sentences, path, PIECES)
+    train_t5_pieces(sentences, path, PIECES, GRAMMAR_WORDS)
     return T5Tokenizer(path)
 
 
@@ -260,8 +261,17 @@ def train_t5(
     tower = Tower(module, mean.half().float(), std.half().float())
     save_tower(out, "t5", tower)
     quality = probe_t5(tower, tokenizer, emoji_path)
-    training = {"seconds": round(seconds_used), "steps": step, "batch_size": batch_size, "lr": lr, "seed": seed,
-                "threads": torch.get_num_threads(), "hardware": hardware(), "loss": average}  # fmt: skip
+    training = {
+        "seconds": round(seconds_used),
+        "steps": step,
+        "lr_schedule_by": "steps" if seconds is None else "seconds",
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(),
+        "loss": {name: round(value, 4) for name, value in average.items()},
+    }
     return {"config": {"t5": config}, "training": training, "quality": quality}
 
 
