@@ -1,6 +1,6 @@
 """Train the embedded encoders: `python scripts/train_tiny_encoders.py [--part vae|t5|clip|judge|all]`.
 
-Needs data/emoji.parquet (`python scripts/build_emoji.py`). On two free cores, minutes: vae 25, t5 10, clip 6, judge 5.
+Needs data/emoji.parquet (`python scripts/build_emoji.py`). Minutes: vae 25, t5 14, clip 10 (one busy core), judge 5.
 Each part writes its files into the package and its record (steps, seed, hardware, measured quality) beside them.
 """
 

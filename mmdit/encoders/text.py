@@ -104,10 +104,9 @@ class TextEncoders:
         Only encoders whose tokenizer is present appear.
 
         Raises:
-            ValueError: `prompts` is one string; pass a list.
+            ValueError: `prompts` is one string, or empty; pass a list.
         """
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts must be a list of strings, got the string {prompts!r}; write [{prompts!r}]")
+        _check_prompts(prompts)
         ids = {}
         rows: dict[int, list[list[int]]] = {}  # the two CLIP towers usually share one tokenizer
         for name, value in CLIP_PAD.items():
@@ -121,7 +120,7 @@ class TextEncoders:
         return ids
 
     def encode(self, prompts: Sequence[str], padding: Padding | None = None) -> Conditioning:
-        """Encode prompts; see `encode_ids`.
+        """Encode prompts, equal ones once; see `encode_ids`.
 
         Raises:
             ValueError: an encoder has no tokenizer; give `encode_ids` its ids.
@@ -129,7 +128,12 @@ class TextEncoders:
         missing = [name for name in self.towers if name not in self.tokenizers]
         if missing:
             raise ValueError(f"no tokenizer for {', '.join(missing)}: add its folder, or call encode_ids with ids")
-        return self.encode_ids(self.tokenize(prompts), padding)
+        _check_prompts(prompts)
+        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        encoded = self.encode_ids(self.tokenize(list(places)), padding)
+        if len(places) == len(prompts):
+            return encoded
+        return encoded.index(torch.tensor([places[prompt] for prompt in prompts], device=encoded.context.device))
 
     @torch.no_grad()
     def encode_ids(self, ids: Mapping[str, Tensor], padding: Padding | None = None) -> Conditioning:
@@ -223,6 +227,13 @@ class TextEncoders:
                 digest.update(self.tokenizers["t5"].fingerprint.encode())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of strings, got the string {prompts!r}; write [{prompts!r}]")
+    if len(prompts) == 0:
+        raise ValueError('got no prompts; pass at least one, the empty caption is [""]')
 
 
 def clip_lengths(ids: Tensor) -> Tensor:
