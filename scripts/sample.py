@@ -6,9 +6,12 @@ Writes one PNG per image (settings in its metadata) and, for several, a grid.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
+
+from mmdit.config import SamplerName
+from mmdit.registry import unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Arguments:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Arguments)
+    if arguments.sampler is not None and arguments.sampler not in get_args(SamplerName):
+        sys.exit(print(unknown("sampler", arguments.sampler, get_args(SamplerName)), file=sys.stderr) or 2)
     from mmdit.pipeline import sample_to_folder  # torch from here on
 
     sys.exit(sample_to_folder(**vars(arguments)))
