@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,7 +23,6 @@ from mmdit import rng
 from mmdit.config import ShapesConfig
 from mmdit.data import captions as words
 
-Split = Literal["train", "val", "seen", "heldout"]
 SPLITS: tuple[str, ...] = ("train", "val", "seen", "heldout")
 
 RESOLUTION = 64  # R, pixels

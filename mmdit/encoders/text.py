@@ -402,10 +402,6 @@ def drop_captions(
     return conditioning._replace(context=context, pooled=pooled, context_mask=mask)
 
 
-def _trimmed(conditioning: Conditioning) -> Conditioning:
-    return conditioning if conditioning.context_mask is None else apply_padding(conditioning, "trim")
-
-
 def _streams(conditioning: Conditioning) -> Streams:
     if conditioning.streams is None:
         raise ValueError("this Conditioning has no streams; encode with TextEncoders, which sets them")

@@ -44,12 +44,12 @@ from mmdit.train.scene_labels import (
 from mmdit.train.tiny_text import (
     SEED,
     SceneHeads,
-    hardware,
     paraphrase_cosines,
     probe_emoji,
     probe_scenes,
     write_description,
 )
+from mmdit.train.tracking import processor
 
 _COMMON = {"max_position_embeddings": 77, "num_hidden_layers": 3, "bos_token_id": CLIP_START, "pad_token_id": CLIP_END}
 CLIP_CONFIGS: dict[str, dict[str, Any]] = {
@@ -230,7 +230,7 @@ def train_clip(
         "lr": lr,
         "seed": seed,
         "threads": torch.get_num_threads(),
-        "hardware": hardware(),
+        "hardware": processor(),
         "loss": {name: round(value, 4) for name, value in average.items()},
     }
     config = write_clip(out, towers.eval(), tokenizer, records)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from mmdit.train.scene_labels import (
     slot_labels,
     word_labels,
 )
+from mmdit.train.tracking import processor
 
 SEED = 20  # of the scenes whose captions are read
 PIECES = 1_000
@@ -269,7 +269,7 @@ def train_t5(
         "lr": lr,
         "seed": seed,
         "threads": torch.get_num_threads(),
-        "hardware": hardware(),
+        "hardware": processor(),
         "loss": {name: round(value, 4) for name, value in average.items()},
     }
     return {"config": {"t5": config}, "training": training, "quality": quality}
@@ -290,15 +290,6 @@ def start_small(module: nn.Module) -> list[nn.Parameter]:
         elif name in ("shared.weight", "encoder.embed_tokens.weight") or name.endswith((".o.weight", ".wo.weight")):
             parameter.data.mul_(0.3)
     return biases
-
-
-def hardware() -> str:
-    """Name the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _t5_losses(
