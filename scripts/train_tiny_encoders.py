@@ -39,8 +39,9 @@ def main() -> int:
         train_vae(arguments.out, emoji_path=arguments.emoji, seed=arguments.seed)
         print(json.dumps(add_quality(arguments.out, arguments.emoji), indent=1))
     if "t5" in chosen or "clip" in chosen:
+        from mmdit.train.recipe import write_description
         from mmdit.train.tiny_clip import train_and_measure_clip
-        from mmdit.train.tiny_text import train_t5, write_description
+        from mmdit.train.tiny_text import train_t5
 
         trainers = {"t5": train_t5, "clip": train_and_measure_clip}
         for part in (name for name in ("t5", "clip") if name in chosen):  # measuring the pair loads the T5 as well

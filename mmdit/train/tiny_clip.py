@@ -12,8 +12,6 @@ order in 950 steps (tried: 49 % on swapped captions, 66 % top-1).
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,13 @@ from mmdit import rng
 from mmdit.config import EmojiConfig
 from mmdit.data.emoji import EmojiDataset, EmojiRecord
 from mmdit.data.shapes import COLOURS, SHAPES, Scene, draw_scene, render
-from mmdit.encoders.clip import IMAGE_FILE, ImageTower, TinyClip, contrastive_loss, images_to_pixels, load_tiny_clip
-from mmdit.encoders.text import TextEncoders, clip_lengths
+from mmdit.encoders.clip import IMAGE_FILE, ImageTower, contrastive_loss, images_to_pixels, load_tiny_clip
+from mmdit.encoders.text import clip_lengths
 from mmdit.encoders.tokenizers import CLIP_END, CLIP_START, CLIP_VOCAB_SIZE, ClipTokenizer, pad
 from mmdit.encoders.towers import Tower, build_tower, save_tower, tower_states
+from mmdit.train.clip_probes import probe_clip
+from mmdit.train.recipe import run_recipe, write_description
+from mmdit.train.scene_heads import SEED, SceneHeads, WordEnds
 from mmdit.train.scene_labels import (
     ATTRIBUTES,
     IGNORE,
@@ -41,15 +42,6 @@ from mmdit.train.scene_labels import (
     swapped_scenes,
     word_labels,
 )
-from mmdit.train.tiny_text import (
-    SEED,
-    SceneHeads,
-    paraphrase_cosines,
-    probe_emoji,
-    probe_scenes,
-    write_description,
-)
-from mmdit.train.tracking import processor
 
 _COMMON = {"max_position_embeddings": 77, "num_hidden_layers": 3, "bos_token_id": CLIP_START, "pad_token_id": CLIP_END}
 CLIP_CONFIGS: dict[str, dict[str, Any]] = {
@@ -198,41 +190,18 @@ def train_clip(
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
 
-    started, step = time.perf_counter(), 0
-    average: dict[str, float] = {}
-    while True:
-        elapsed = time.perf_counter() - started
-        progress = step / steps if seconds is None else elapsed / seconds
-        if progress >= 1:
-            break
-        for group in optimizer.param_groups:
-            warmup, cosine = min(1.0, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * progress))
-            group["lr"] = group["factor"] * lr * warmup * (0.02 + 0.98 * cosine)
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = _clip_losses(towers, tokenizer, records, pictures, step, batch_size, seed)
-        optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
-        nn.utils.clip_grad_norm_(towers.parameters(), 1.0)
-        optimizer.step()
-        for name, loss in losses.items():
-            value = float(loss.detach())
-            average[name] = 0.95 * average.get(name, value) + 0.05 * value
-        step += 1
+    def losses_of(step: int) -> dict[str, Tensor]:
+        return _clip_losses(towers, tokenizer, records, pictures, step, batch_size, seed)
+
+    def snapshot(step: int) -> None:
         if step % 250 == 0:
             write_clip(out, copy.deepcopy(towers).eval(), tokenizer, records)
-        if step % 50 == 0:
-            log(f"clip step {step} {elapsed:.0f} s " + " ".join(f"{k} {v:.3f}" for k, v in average.items()))
-    training = {
-        "seconds": round(time.perf_counter() - started),
-        "steps": step,
-        "lr_schedule_by": "steps" if seconds is None else "seconds",
-        "batch_size": batch_size,
-        "lr": lr,
-        "seed": seed,
-        "threads": torch.get_num_threads(),
-        "hardware": processor(),
-        "loss": {name: round(value, 4) for name, value in average.items()},
-    }
+
+    parameters = list(towers.parameters())
+    training = run_recipe(
+        losses_of, parameters, optimizer, lr=lr, steps=steps, seconds=seconds, log=log, after=snapshot
+    )
+    training |= {"batch_size": batch_size, "seed": seed}
     config = write_clip(out, towers.eval(), tokenizer, records)
     return {"config": config, "training": training}
 
@@ -313,7 +282,7 @@ def _text_labels(
     said: Sequence[tuple[Scene | None, EmojiRecord | None, bool]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return labels for `SceneHeads.loss`: words [B, L, attributes], slots [B, groups * attributes], emoji [B, 3]."""
-    ends = _WordEnds(tokenizer)
+    ends = WordEnds(tokenizer)
     words = torch.full((len(rows), max(map(len, rows)), len(ATTRIBUTES)), IGNORE)
     slots = torch.full((len(rows), MAX_GROUPS * len(ATTRIBUTES)), IGNORE)
     parts = torch.full((len(rows), 3), IGNORE)
@@ -384,115 +353,6 @@ def write_clip(
     save_file(tensors, out / IMAGE_FILE)
     configs["clip_image"] = dict(IMAGE_CONFIG)
     return configs
-
-
-# --- the gate ---------------------------------------------------------------------------------------------------------
-
-
-def probe_clip(clip: TinyClip, emoji_path: Path) -> dict[str, Any]:
-    """Measure retrieval and minimal pairs on fresh scenes, and what can be read from the text towers; in per cent."""
-    report: dict[str, Any] = {
-        "top-1 of 64, 1-2 objects": top_one(clip, 2),
-        "top-1 of 64, 1-4 objects": top_one(clip, 4),
-        "minimal pairs, seen": minimal_pairs(clip, "seen"),
-        "minimal pairs, heldout": minimal_pairs(clip, "heldout"),
-    }
-    for split in ("seen", "heldout"):
-        emoji = EmojiDataset(EmojiConfig(path=emoji_path), split)
-        chosen = np.random.default_rng(0).permutation(len(emoji))[: 64 * (3 if split == "heldout" else 16)]
-        report[f"emoji top-1 of 64, {split}"] = _top_one(clip, emoji.pixels(chosen), emoji.captions(chosen))
-    report["text towers"] = probe_clip_text(clip.text, emoji_path)
-    return report
-
-
-def _top_one(clip: TinyClip, images: np.ndarray, captions: Sequence[str], group: int = 64) -> dict[str, float]:
-    """Return how often the right caption (picture) wins among `group`, all different."""
-    cosines = [
-        clip.image_embeds(images[i : i + group]) @ clip.text_embeds(captions[i : i + group]).T
-        for i in range(0, len(captions) - group + 1, group)
-    ]
-    right = torch.arange(group)
-    to_text = torch.stack([(c.argmax(dim=1) == right).float().mean() for c in cosines]).mean()
-    to_image = torch.stack([(c.argmax(dim=0) == right).float().mean() for c in cosines]).mean()
-    return {"to text": round(100 * float(to_text), 2), "to image": round(100 * float(to_image), 2)}
-
-
-def top_one(clip: TinyClip, max_objects: int, groups: int = 31, group: int = 64) -> dict[str, float]:
-    """Retrieve among 64 fresh scenes whose captions all say something different."""
-    images, captions, index = [], [], 0
-    for _ in range(groups):
-        keys: set[str] = set()
-        while len(keys) < group:
-            scene = draw_scene(SEED + 3, index, "seen", max_objects)
-            index += 1
-            if canonical_list(scene) not in keys:
-                keys.add(canonical_list(scene))
-                images.append(render(scene))
-                captions.append(scene.short())
-    return _top_one(clip, np.stack(images), captions, group)
-
-
-def minimal_pairs(clip: TinyClip, split: str, count: int = 1_000) -> dict[str, float]:
-    """Return how often a two-object picture prefers its caption to the same words wrongly bound, by kind."""
-    won: dict[str, list[Tensor]] = {}
-    scenes = [draw_scene(SEED + 4, i, split, 2) for i in range(3 * count)]
-    scenes = [scene for scene in scenes if scene.relation is not None][:count]
-    embeds = clip.image_embeds(np.stack([render(scene) for scene in scenes]))
-    true = (embeds * clip.text_embeds([scene.short() for scene in scenes])).sum(dim=1)
-    swaps = [swapped_scenes(scene, heldout=True) for scene in scenes]
-    for kind in ("order", "colour", "shape", "axis"):
-        rows = [i for i, swap in enumerate(swaps) if kind in swap]
-        wrong = (embeds[rows] * clip.text_embeds([swaps[i][kind].short() for i in rows])).sum(dim=1)
-        won.setdefault(kind, []).append((true[rows] > wrong).float())
-    return {kind: round(100 * float(torch.cat(values).mean()), 2) for kind, values in won.items()}
-
-
-@torch.no_grad()
-def probe_clip_text(text: TextEncoders, emoji_path: Path) -> dict[str, Any]:
-    """Run T5's gate on the CLIP stream and its pooled vector; for information, as they are causal."""
-    tokenizer = text.tokenizers["clip_l"]
-    begins = _WordEnds(tokenizer)
-
-    def states_of(captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        out = text.encode(captions, "trim")
-        (_, start, stop, width), _ = out.streams or ()
-        assert out.context_mask is not None
-        assert out.pooled is not None
-        return (
-            out.context[:, start:stop, :width],
-            out.context_mask[:, start:stop],
-            text.tokenize(captions)["clip_l"][:, : stop - start],
-            out.pooled,
-        )
-
-    return {
-        "short, 1-2 objects": probe_scenes(states_of, begins.spread),
-        "cosine of pooled": paraphrase_cosines(lambda captions: states_of(captions)[3]),
-        "emoji": probe_emoji(lambda captions: states_of(captions)[3], emoji_path),
-    }
-
-
-class _WordEnds:
-    """As `tiny_text.Pieces`, for byte-pair tokens, which mark where a word ends."""
-
-    def __init__(self, tokenizer: ClipTokenizer) -> None:
-        self._names = tokenizer.id_to_piece
-
-    def spread(self, ids: Sequence[int], labels: np.ndarray) -> np.ndarray:
-        """Return int64 [tokens, attributes]; see `Pieces.spread`."""
-        out = np.full((len(ids), labels.shape[1]), IGNORE, dtype=np.int64)
-        word = 0
-        for place, index in enumerate(ids):
-            name = self._names(int(index))
-            if index in (CLIP_START, CLIP_END):
-                continue
-            letters = any(c.isalnum() for c in name.removesuffix("</w>"))
-            if letters and word < len(labels):
-                out[place] = labels[word]
-            # punctuation is a token of its own with its own "</w>", but no word of `str.split`
-            if letters and name.endswith("</w>"):
-                word += 1
-        return out
 
 
 def train_and_measure_clip(

@@ -5,6 +5,7 @@ import pytest
 
 from mmdit.data.shapes import COLOURS, SHAPES, draw_scene
 from mmdit.encoders.tokenizers import TINY, ClipTokenizer, T5Tokenizer
+from mmdit.train.scene_heads import Pieces, WordEnds
 from mmdit.train.scene_labels import (
     ATTRIBUTES,
     CLASSES,
@@ -17,8 +18,7 @@ from mmdit.train.scene_labels import (
     swapped_scenes,
     word_labels,
 )
-from mmdit.train.tiny_clip import _WordEnds, token_labels
-from mmdit.train.tiny_text import Pieces
+from mmdit.train.tiny_clip import token_labels
 
 SCENES = [draw_scene(5, i, "train", 6) for i in range(200)]
 
@@ -104,7 +104,7 @@ def test_labels_of_words_fall_on_their_pieces():
 
 def test_labels_of_words_fall_on_their_byte_pair_tokens():
     tokenizer = ClipTokenizer()
-    ends = _WordEnds(tokenizer)
+    ends = WordEnds(tokenizer)
     for scene in SCENES[:60]:
         caption = scene.long()
         words = caption.split()
