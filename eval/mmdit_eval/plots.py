@@ -98,6 +98,43 @@ def loss_figure(
     return _png(figure)
 
 
+def grid_figure(grid: Mapping[str, Any]) -> str:
+    """Draw a sample grid: one line of pictures a row of the study, below the prompts.
+
+    Args:
+        grid: {"heads": names of the lines, "lines": [{"prompt", "pictures": [(name, base64 PNG or None)]}]}, as
+            `report.grids` gives it.
+
+    Returns:
+        base64 PNG.
+    """
+    from textwrap import fill
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    prompts = grid["lines"]
+    shape = len(grid["heads"]), len(prompts)
+    figure, axes = pyplot.subplots(
+        *shape, figsize=(1.25 * shape[1] + 0.6, 1.2 * shape[0] + 0.5), squeeze=False, layout="constrained"
+    )
+    for column, line in enumerate(prompts):
+        axes[0][column].set_title(fill(line["prompt"], 18), fontsize=7.5, color="#30343b")
+        for row, (_, picture) in enumerate(line["pictures"]):
+            if picture is not None:
+                pixels = pyplot.imread(io.BytesIO(base64.b64decode(picture)))
+                axes[row][column].imshow(pixels, interpolation="nearest")
+    for row, name in enumerate(grid["heads"]):
+        axes[row][0].set_ylabel(name, fontsize=9, color="#30343b")
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    return _png(figure)
+
+
 def smooth(values: Sequence[float], window: int = 5) -> np.ndarray:
     """Return the running mean of the last `window` values, shorter at the beginning."""
     sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))

@@ -1,8 +1,12 @@
-"""The README's results, made from `results/*/summary.json`: no number in it was typed by hand."""
+"""The README's results, made from `results/*/summary.json`: no number in it was typed by hand.
+
+`store_study` copies a finished study there: its numbers, curves, pictures and report, without weights and caches.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,37 @@ _CHOSEN = ("colour", "shape", "relation", "all_correct", "same_tone", "same_base
 _WITH_INTERVAL = ("all_correct", "same_tone", "same_base")
 
 
+def store_study(folder: str | Path, results: str | Path) -> Path:
+    """Copy what a study found to `results`/<its name>, replacing what was there, and return that folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished study.
+    """
+    folder = Path(folder)
+    if not (folder / "summary.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no summary.json; finish the study first: python scripts/ablate.py STUDY.yaml"
+        )
+    out = Path(results) / json.loads((folder / "summary.json").read_text(encoding="utf-8"))["study"]
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    top = ("summary.json", "study.json", "report.html", "table.md", "table.csv", "*.png")
+    cells = ("config.yaml", "metrics.jsonl", "environment.json", "eval/*.json")
+    for pattern in (*top, *(f"*/{name}" for name in cells)):
+        for file in sorted(folder.glob(pattern)):
+            target = out / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    return out
+
+
 def results_block(results: str | Path) -> str:
-    """Return the Markdown between the markers: one table a study, in alphabetical order."""
-    parts = []
-    for file in sorted(Path(results).glob("*/summary.json")):
+    """Return the Markdown between the markers: one picture, then one table a study, in alphabetical order."""
+    files = sorted(Path(results).glob("*/summary.json"))
+    pictures = [picture for file in files if (picture := file.parent / "grid-seen.png").is_file()]
+    words = "True pictures, the same through the VAE, and what each row drew from the same prompts and noise"
+    parts = [f"![{words}]({picture.as_posix()})" for picture in pictures[-1:]]
+    for file in files:
         parts.append(study_block(json.loads(file.read_text(encoding="utf-8")), file.parent))
     return "\n\n".join(parts) if parts else "No study has been stored under `results/` yet."
 

@@ -1,4 +1,4 @@
-"""The report of a study, from its files alone: terminal table, report.html, table.md, table.csv, summary.json.
+"""The report of a study, from its files alone: terminal table, report.html, table.md, table.csv, summary.json, figures.
 
 python scripts/ablate.py --report-only runs/quickstart
 """
@@ -35,8 +35,16 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(folder: str | Path, console: Any = None) -> Path:
-    """Write report.html, table.md, table.csv and summary.json into the study's folder, and print the table."""
+    """Write report.html, table.md, table.csv, summary.json and the figures into the study's folder; print the table.
+
+    Figures: grid-<split>.png, the samples; figure-<n>.png, the curves of the report.
+    """
     files = read_study(folder)
+    for grid in (grid for grid in grids(files) if grid["lines"]):
+        picture = base64.b64decode(plots.grid_figure(grid))
+        (files.folder / f"grid-{grid['split']}.png").write_bytes(picture)
+    for number, figure in enumerate(figures(files, plots.row_colours(files.rows)), start=1):
+        (files.folder / f"figure-{number}.png").write_bytes(base64.b64decode(figure["png"]))
     (files.folder / "table.md").write_text(markdown(files), encoding="utf-8")
     (files.folder / "table.csv").write_text(csv_table(files), encoding="utf-8")
     (files.folder / "summary.json").write_text(

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from mmdit_eval.comparison import check_comparable, compare
 from mmdit_eval.findings import at_budget, cost_table, equal_budgets, estimate, read_study, verdict
+from mmdit_eval.readme import store_study
 from mmdit_eval.report import csv_table, html, markdown, summary, write_report
 from mmdit_eval.statistics import jackknife_interval, mean_interval, wilson_interval
 from PIL import Image
@@ -101,6 +102,36 @@ def test_everything_is_written_and_the_page_needs_nothing_from_outside(study):
     assert all(link.startswith("data:image/png;base64,") for link in links)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
     assert "One seed ranks nothing" in page
+
+
+def test_figures_stand_beside_the_report(study):
+    write_report(study)
+    sizes = {}
+    for file in study.glob("*.png"):
+        with Image.open(file) as picture:
+            picture.load()
+            sizes[file.name] = picture.size
+    assert {"grid-seen.png", "grid-heldout.png", "figure-1.png", "figure-2.png"} <= sizes.keys()
+    assert min(min(size) for size in sizes.values()) > 200
+
+
+def test_a_finished_study_is_stored_without_weights_and_replaces_what_was_there(study, tmp_path):
+    with pytest.raises(FileNotFoundError, match="finish the study first"):
+        store_study(study, tmp_path / "results")
+    write_report(study)
+    (study / "mmdit-s0" / "checkpoints").mkdir()
+    (study / "mmdit-s0" / "checkpoints" / "model.safetensors").write_bytes(b"0")
+    name = json.loads((study / "summary.json").read_text())["study"]
+    old = tmp_path / "results" / name / "old.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    out = store_study(study, tmp_path / "results")
+    stored = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    wanted = {"summary.json", "report.html", "grid-seen.png", "mmdit-s0/eval/tiny-000000003000.json"}
+    assert wanted | {"unet-s0/metrics.jsonl"} <= stored
+    assert "old.json" not in stored
+    assert not any(name.endswith(".safetensors") for name in stored)
+    assert json.loads((out / "summary.json").read_text()) == json.loads((study / "summary.json").read_text())
 
 
 def test_prompts_are_escaped(study):
