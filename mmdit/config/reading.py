@@ -94,9 +94,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay `over` on `base`, deeply; a changed `name` (or `preset`) drops the old variant's (or preset's) fields."""
+    """Lay `over` on `base`, deeply; a changed `name` (or `preset`) drops the old variant's (or preset's) fields.
+
+    A preset that the new variant has too stays: `--model.name unet` on the tiny MMDiT is the tiny U-Net.
+    """
     if "name" in over and "name" in base and over["name"] != base["name"] and not _is_run(base):
-        return dict(over)
+        shared = {"preset": base["preset"]} if base.get("preset") in PRESETS.get(str(over["name"]), {}) else {}
+        return {**shared, **over}
     result = dict(base)
     if "preset" in over and over["preset"] != base.get("preset"):
         stale = PRESETS.get(str(over.get("name", base.get("name"))), {}).get(str(base.get("preset")), {})

@@ -74,6 +74,14 @@ def test_changing_the_name_drops_the_old_variants_fields():
     assert config.model.name == "unet"
 
 
+def test_changing_the_backbone_keeps_a_preset_that_both_have_and_drops_others():
+    tiny, sd3 = {"model": {"name": "mmdit", "preset": "tiny"}}, {"model": {"name": "mmdit", "preset": "sd3_medium"}}
+    unet = {"model": {"name": "unet"}}
+    assert merge(tiny, unet)["model"] == {"name": "unet", "preset": "tiny"}
+    assert merge(tiny, {"model": {"name": "unet", "preset": "S"}})["model"] == {"name": "unet", "preset": "S"}
+    assert merge(sd3, unet)["model"] == {"name": "unet"}
+
+
 def test_changing_the_preset_drops_the_old_presets_fields_but_keeps_the_users(monkeypatch):
     monkeypatch.setitem(PRESETS["mmdit"], "other", {**PRESETS["mmdit"]["tiny"], "depth": 2})
     resolved = to_tree(load_config(None, {"model": {"name": "mmdit", "preset": "tiny", "qk_norm": "rms"}}))
