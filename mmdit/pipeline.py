@@ -28,7 +28,7 @@ from mmdit.config import EncodersConfig, RunConfig, SamplingConfig, UNetConfig
 from mmdit.denoiser import Conditioning
 from mmdit.diffusion import Schedule, build_schedule
 from mmdit.encoders.text import TextEncoders, apply_padding, load_text_encoders
-from mmdit.encoders.vae import AutoencoderKL, load_vae, to_images
+from mmdit.encoders.vae import AutoencoderKL, load_run_vae, to_images
 from mmdit.models import build_denoiser
 from mmdit.registry import lookup, unknown
 from mmdit.sampling import GRIDS, SAMPLERS, guided_denoise, sampler_options
@@ -343,7 +343,7 @@ def load_encoders(
 ) -> tuple[AutoencoderKL, TextEncoders]:
     """Load a run's VAE and text encoders, on the CPU; what is passed in is taken as it is."""
     encoders = config.encoders
-    vae = vae if vae is not None else load_vae(encoders.vae)
+    vae = vae if vae is not None else load_run_vae(encoders)
     text = text if text is not None else load_text_encoders(encoders.text, t5_length=encoders.t5_length)
     return vae, text
 

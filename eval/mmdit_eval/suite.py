@@ -27,7 +27,7 @@ from mmdit.config import ConfigError, EncodersConfig, RunConfig, SuiteConfig, lo
 from mmdit.data import make_dataset
 from mmdit.diffusion import build_schedule
 from mmdit.encoders.text import TextEncoders, load_text_encoders
-from mmdit.encoders.vae import AutoencoderKL, load_vae, to_images, to_pixels
+from mmdit.encoders.vae import AutoencoderKL, load_run_vae, to_images, to_pixels
 from mmdit.pipeline import TextToImage, checkpoint_hash, configure_cpu, save_image
 from mmdit.registry import lookup
 from mmdit_eval.comparison import compare, read_result, write_result
@@ -174,7 +174,7 @@ def evaluate_ceiling(
     """
     check_suite(suite, config)
     references = references or load_references(config, suite)
-    vae = vae or load_vae(config.encoders.vae)
+    vae = vae or load_run_vae(config.encoders)
     used = {split: reference.head(suite.num_images) for split, reference in references.items()}
     protocol = make_stamp(config, suite, used)["protocol"]
     key = {"protocol": protocol, "vae": hash_tensors(vae.state_dict()), "metrics": list(suite.metrics)}
@@ -210,7 +210,7 @@ def evaluate_ceiling(
 @lru_cache(maxsize=1)
 def _encoders(config: EncodersConfig) -> tuple[AutoencoderKL, TextEncoders]:
     """Load VAE and text encoders once for all checkpoints that share them."""
-    return load_vae(config.vae), load_text_encoders(config.text, t5_length=config.t5_length)
+    return load_run_vae(config), load_text_encoders(config.text, t5_length=config.t5_length)
 
 
 def load_references(config: RunConfig, suite: SuiteConfig) -> dict[str, Reference]:

@@ -225,10 +225,16 @@ class CaptionDropoutConfig(Config):
 
 
 class EncodersConfig(Config):
-    """Text and pixels to tensors. `tiny` is the embedded default; otherwise the path of a folder."""
+    """Text and pixels to tensors. `tiny` is the embedded default; otherwise the path of a folder.
+
+    Latents are best learnt where each channel has mean 0 and deviation 1 on the data at hand: `latent_shift` and
+    `latent_scale`, one number or one per channel, replace the VAE's own; `scripts/cache.py --statistics` measures them.
+    """
 
     text: str = "tiny"
     vae: str = "tiny"
+    latent_shift: float | tuple[float, ...] | None = None  # None: the VAE's
+    latent_scale: PositiveFloat | tuple[PositiveFloat, ...] | None = None
     t5_length: PositiveInt = 77
     padding: Literal["attend", "mask", "trim"] = "trim"
     null: Literal["zeros", "empty_caption"] = "zeros"

@@ -58,6 +58,13 @@ class RunConfig(Config):
                     f"model.in_channels/out_channels are {model.in_channels}/{model.out_channels}, the VAE "
                     f"{encoders.vae!r} has {vae['channels']}; leave them out to take the VAE's"
                 )
+            for name in ("latent_shift", "latent_scale"):
+                numbers = getattr(encoders, name)
+                if isinstance(numbers, tuple) and len(numbers) != vae["channels"]:
+                    raise ValueError(
+                        f"encoders.{name} has {len(numbers)} numbers, the VAE {encoders.vae!r} has {vae['channels']} "
+                        f"channels; `python scripts/cache.py CONFIG --statistics` prints a fitting line"
+                    )
         text = ENCODER_WIDTHS.get(encoders.text)
         if text is not None and model.context_dim != text["context_dim"]:
             raise ValueError(

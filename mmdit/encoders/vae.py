@@ -17,7 +17,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mmdit.config import VAEConfig
+from mmdit.config import EncodersConfig, VAEConfig
 from mmdit.weights import vae as layout
 
 TINY = Path(__file__).parent / "tiny" / "vae.safetensors"
@@ -310,6 +310,33 @@ def to_images(pixels: Tensor) -> Any:
     """Turn pixels [B, 3, R, R] into images uint8 [B, R, R, 3] (numpy), rounded to the nearest, clipped."""
     scaled = (pixels.detach().float() * 127.5 + 127.5).round().clamp(0, 255)
     return rearrange(scaled, "B C H W -> B H W C").to(torch.uint8).cpu().numpy()
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKL, images: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return per-channel mean and 1 / standard deviation of raw latents drawn from the posterior.
+
+    Args:
+        images: uint8 [N, R, R, 3].
+
+    Posterior samples rather than means: that is what `shift` and `scale` are to bring to mean 0 and deviation 1; the
+    two differ by the posterior's own variance, which is small.
+    """
+    means, variances = [], []
+    for start in range(0, len(images), 64):
+        mean, logvar = vae.moments(to_pixels(images[start : start + 64]))
+        means.append(mean.double())
+        variances.append(logvar.double().exp())
+    mean, variance = torch.cat(means), torch.cat(variances)
+    std = (mean.var(dim=(0, 2, 3)) + variance.mean(dim=(0, 2, 3))).sqrt()
+    shift = tuple(round(value, 5) for value in mean.mean(dim=(0, 2, 3)).tolist())
+    return shift, tuple(round(1.0 / value, 5) for value in std.tolist())
+
+
+def load_run_vae(encoders: EncodersConfig) -> AutoencoderKL:
+    """Load the VAE of a run, with the run's own shift and scale of latents where it states them."""
+    chosen = {"shift": encoders.latent_shift, "scale": encoders.latent_scale}
+    return load_vae(encoders.vae, **{name: value for name, value in chosen.items() if value is not None})
 
 
 def load_vae(path: str | Path = "tiny", **overrides: Any) -> AutoencoderKL:

@@ -32,11 +32,13 @@ class Arguments:
     """Print parameters, FLOPs, tokens, steps and memory, and stop."""
     cache_only: bool = False
     """Encode the data into --cache and stop."""
+    statistics: bool = False
+    """Print encoders.latent_shift and latent_scale that bring the data's latents to mean 0, deviation 1, and stop."""
     quiet: bool = False
     """No progress bar."""
 
 
-_SWITCHES = ("--dry-run", "--cache-only", "--quiet")
+_SWITCHES = ("--dry-run", "--cache-only", "--statistics", "--quiet")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -83,6 +85,14 @@ def main(words: Sequence[str] | None = None) -> int:
         from mmdit.train.estimate import describe
 
         print(describe(config))
+        return 0
+    if arguments.statistics:
+        from mmdit.data import make_dataset
+        from mmdit.encoders.vae import latent_statistics, load_vae
+
+        data = make_dataset(config.data, "train")
+        shift, scale = latent_statistics(load_vae(config.encoders.vae), data.pixels(range(min(len(data), 4_096))))
+        print(f"latent_shift: {list(shift)}\nlatent_scale: {list(scale)}")
         return 0
     if arguments.cache_only:
         from mmdit.train.trainer import build_sources

@@ -33,7 +33,7 @@ from torch import Tensor
 from mmdit import rng
 from mmdit.config import EmojiConfig, ShapesConfig, VAEConfig
 from mmdit.data import make_dataset
-from mmdit.encoders.vae import AutoencoderKL, load_vae, to_images, to_pixels, vae_loss
+from mmdit.encoders.vae import AutoencoderKL, latent_statistics, load_vae, to_images, to_pixels, vae_loss
 
 # shift and scale are measured at the end and written into the file's config
 TINY_VAE = VAEConfig(
@@ -94,24 +94,6 @@ def draw_batch(images: list[np.ndarray], counts: tuple[int, int], seed: int, ste
     mirrored = random.random(counts[1]) < 0.25
     parts[1][mirrored] = parts[1][mirrored, :, ::-1]
     return to_pixels(np.concatenate(parts))
-
-
-@torch.no_grad()
-def latent_statistics(vae: AutoencoderKL, images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return per-channel mean and 1 / standard deviation of raw latents drawn from the posterior.
-
-    Posterior samples rather than means: that is what `shift` and `scale` are to bring to mean 0 and deviation 1; the
-    two differ by the posterior's own variance, which is small.
-    """
-    means, variances = [], []
-    for start in range(0, len(images), 64):
-        mean, logvar = vae.moments(to_pixels(images[start : start + 64]))
-        means.append(mean.double())
-        variances.append(logvar.double().exp())
-    mean, variance = torch.cat(means), torch.cat(variances)
-    std = (mean.var(dim=(0, 2, 3)) + variance.mean(dim=(0, 2, 3))).sqrt()
-    shift = tuple(round(value, 5) for value in mean.mean(dim=(0, 2, 3)).tolist())
-    return shift, tuple(round(1.0 / value, 5) for value in std.tolist())
 
 
 @torch.no_grad()

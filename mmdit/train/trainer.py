@@ -266,6 +266,7 @@ def build_sources(
 ) -> Sources:
     """Load encoders and data; encode them once where `train.precompute` says so."""
     vae, text = load_encoders(config)
+    check_widths(config, vae, text)
     vae, text = vae.to(device), text.to(device)
     train, precision = config.train, config.train.precision
     datasets = {split: make_dataset(config.data, split) for split in ("train", "val")}
@@ -282,6 +283,23 @@ def build_sources(
     first = np.arange(min(SAMPLE_PROMPTS, len(datasets["val"])))
     prompts = list(train.sample_prompts) or datasets["val"].captions(first)
     return Sources(vae, text, made["train"], made["val"], prompts)
+
+
+def check_widths(config: RunConfig, vae: AutoencoderKL, text: TextEncoders) -> None:
+    """Refuse encoders that do not fit the denoiser, before hours go into encoding; the config knows only the tiny ones.
+
+    Raises:
+        ConfigError: the widths that differ, and the overrides that would fit.
+    """
+    channels, model = vae.config.latent_channels, config.model
+    wanted = {"in_channels": channels, "out_channels": channels, "context_dim": text.context_dim}
+    if model.pooled_dim is not None:
+        wanted["pooled_dim"] = text.pooled_dim
+    wrong = {name: value for name, value in wanted.items() if getattr(model, name) != value}
+    if wrong:
+        given = ", ".join(f"model.{name} is {getattr(model, name)}" for name in wrong)
+        fitting = " ".join(f"--model.{name} {value}" for name, value in wrong.items())
+        raise ConfigError(f"{given}, but the encoders of this run give others; set {fitting}")
 
 
 def build_run(config: RunConfig, run_dir: Path, accelerator: Accelerator, progress: bool) -> Run:

@@ -6,8 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from mmdit.config import load_config, to_yaml
+from mmdit.data import make_dataset
+from mmdit.encoders.vae import load_run_vae, to_pixels
 from mmdit.train.__main__ import main, split_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,3 +149,25 @@ def test_an_interrupted_run_exits_75_and_says_how_to_go_on(tmp_path, config_file
     out = capsys.readouterr().out
     assert "go on with: python scripts/train.py" in out
     assert "000000000008" in out
+
+
+def test_statistics_prints_the_lines_that_standardise_the_latents_of_the_data(config_file, capsys, micro):
+    assert main([config_file, "--statistics"]) == 0
+    lines = yaml.safe_load(capsys.readouterr().out)
+    config = micro({"encoders": lines})
+    assert len(config.encoders.latent_shift) == 4
+    data = make_dataset(config.data, "train")
+    with torch.no_grad():
+        latents = load_run_vae(config.encoders).encode(to_pixels(data.pixels(range(len(data)))))
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-3
+    # the posterior's own variance is in the scale and not in these means
+    assert (latents.std(dim=(0, 2, 3)) <= 1.001).all()
+    assert main([QUICKSTART, "--encoders.latent_shift", "[0.1, 0.2]"]) == 2
+    assert "latent_shift has 2 numbers, the VAE 'tiny' has 16" in capsys.readouterr().err
+
+
+def test_encoders_of_another_width_are_refused_before_they_encode_anything(config_file, tmp_path, capsys):
+    words = [config_file, "--model.in_channels", "16", "--out", str(tmp_path / "run"), "--quiet"]
+    assert main(words) == 2
+    assert "set --model.in_channels 4" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("cache/*"))
