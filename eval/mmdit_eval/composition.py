@@ -18,7 +18,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from mmdit.data.shapes import COLOURS, SHAPES, SIZES, Scene, mask
+from mmdit.data.shapes import COLOURS, SHAPES, Scene, layout, mask
 
 METRICS = ("colour", "shape", "size", "count", "relation", "late", "early", "all_correct", "unreadable")
 
@@ -28,18 +28,19 @@ _NEIGHBOURHOOD = 5  # pixels; objects lie 3 apart, so no pixel of one looks at a
 _SPECK = 10.0  # pixels; the smallest true object covers 39
 _COLOUR_LIMIT = 70.0  # farther from every palette colour: unreadable
 _OVERLAP_LIMIT = 0.6  # least intersection over union with the best template
-_SIZE_BORDER = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius, pixels
 _MAX_OBJECTS = 16  # more components than this is texture, not a scene
 _PALETTE = np.array(list(COLOURS.values()), dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class ReadObject:
-    """One object as read: None where no colour or shape is near enough; centre and radius in pixels."""
+    """One object as read: None where no colour or shape is near enough; centre and radius in pixels.
+
+    Whether it is large depends on the scene that was asked for: the fuller, the smaller its objects.
+    """
 
     colour: str | None
     shape: str | None
-    size: str
     x: float
     y: float
     radius: float
@@ -106,7 +107,6 @@ def _read_object(
     return ReadObject(
         colour=colour if error <= _COLOUR_LIMIT else None,
         shape=shape if overlap >= _OVERLAP_LIMIT else None,
-        size="small" if radius < _SIZE_BORDER else "large",
         x=x + columns.start,
         y=y + rows.start,
         radius=radius,
@@ -171,9 +171,15 @@ def _overlap(
 # --- scoring ----------------------------------------------------------------------------------------------------
 
 
+def _size(found: ReadObject, scene: Scene) -> str:
+    """Say whether an object is small or large for a scene of so many objects."""
+    space = layout(len(scene.objects))
+    return "small" if found.radius < (space.small[1] + space.large[0]) / 2 else "large"
+
+
 def _mistakes(found: ReadObject, scene: Scene, slot: int) -> float:
     wanted = scene.objects[slot]
-    size = 0.5 if wanted.size_mentioned and found.size != wanted.size else 0.0
+    size = 0.5 if wanted.size_mentioned and _size(found, scene) != wanted.size else 0.0
     return float(found.colour != wanted.colour) + float(found.shape != wanted.shape) + size
 
 
@@ -224,7 +230,7 @@ def score_image(image: np.ndarray, scene: Scene, long_caption: bool = False) -> 
             {
                 "colour": item is not None and item.colour == wanted.colour,
                 "shape": item is not None and item.shape == wanted.shape,
-                "size": (item is not None and item.size == wanted.size) if wanted.size_mentioned else None,
+                "size": (item is not None and _size(item, scene) == wanted.size) if wanted.size_mentioned else None,
             }
         )
     relation: bool | None = None

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 FILLED = 74  # words before the closing sentence, which has three or more before its object: with the start token, 77
-RELATION_WORDS = {"left": ("to the left of", "to the right of"), "above": ("above", "below")}
+RELATION_WORDS = {"left": ("left of", "right of"), "above": ("above", "below")}
 _PLACES = {"left": ("left", "right"), "above": ("top", "bottom")}
 
 _BACKGROUND_SENTENCES = (
-    "The background is plain {background}, even from one edge to the other.",
-    "Everything lies on a flat {background} background without any texture.",
-    "Behind it all there is one calm {background} surface and nothing else.",
+    "The background is plain black, even from one edge to the other.",
+    "Everything lies on a flat black background without any texture.",
+    "Behind it all there is one calm black surface and nothing else.",
 )
 _FILLER = (
     "It is a simple computer drawing with clean edges and even colours.",
@@ -93,12 +93,13 @@ def long_caption(scene: Scene) -> str:
         opening = f"This picture shows {phrases[0]} and one more thing."
         # the other object is the subject now, so the relation is said from its side
         side = RELATION_WORDS[scene.relation][1 - scene.wording]
-        closing = f"{side[0].upper()}{side[1:]} the first there is {phrases[1]}."
+        side = f"To the {side}" if scene.relation == "left" else side.capitalize()
+        closing = f"{side} the first there is {phrases[1]}."
     else:
         opening = f"This picture shows {phrases[0]} and something else."
         first_is_many = len(groups[1]) > 1
         closing = f"The rest {'are' if first_is_many or len(phrases) > 2 else 'is'} {joined(phrases[1:])}."
-    sentences = [opening, _BACKGROUND_SENTENCES[scene.filler % 3].format(background=scene.background)]
+    sentences = [opening, _BACKGROUND_SENTENCES[scene.filler % 3]]
     # a walk with a step coprime to the table's length visits every sentence once
     position, stride = scene.filler // 3 % len(_FILLER), (1, 3, 7, 9)[scene.filler // 97 % 4]
     walk = [_FILLER[(position + k * stride) % len(_FILLER)] for k in range(len(_FILLER))]

@@ -11,7 +11,7 @@ from mmdit.pipeline import Stopped, TextToImage, configure_cpu, image_grid, save
 
 PROMPTS = [
     "a red circle",
-    "a large blue square to the left of a small orange star",
+    "a large blue square left of a small orange star",
     "a white triangle",
     "two red stars",
 ]

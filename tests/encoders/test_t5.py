@@ -115,7 +115,7 @@ def test_every_parameter_of_the_decoder_learns(rewriter):
 
 
 CAPTIONS = [
-    ("a red circle to the left of a blue square", "a blue square to the right of a red circle"),
+    ("a red circle left of a blue square", "a blue square right of a red circle"),
     ("a small green star above a white cross", "a white cross below a small green star"),
     ("an orange triangle above a cyan diamond", "a cyan diamond below an orange triangle"),
 ]

@@ -18,7 +18,7 @@ from mmdit.encoders.text import (
 from mmdit.encoders.tokenizers import CLIP_END, TINY
 from mmdit.encoders.towers import Tower, build_tower, expand_rows, load_strictly
 
-PROMPTS = ["a red circle", "", "a small blue square to the left of a large green star"]
+PROMPTS = ["a red circle", "", "a small blue square left of a large green star"]
 
 
 @pytest.fixture(scope="module")

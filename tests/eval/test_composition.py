@@ -11,18 +11,18 @@ from scipy import ndimage
 
 from mmdit.config import ShapesConfig
 from mmdit.data import make_dataset
-from mmdit.data.shapes import Scene, SceneObject, draw_scene, render
+from mmdit.data.shapes import Scene, SceneObject, draw_scene, layout, render
 
 
-def thing(colour="red", shape="circle", size="large", x=16.0, y=20.0, said=True) -> SceneObject:
-    return SceneObject(colour, shape, size, x, y, {"small": 6.0, "large": 9.0}[size], said)
+def thing(colour="red", shape="circle", size="large", x=16.0, y=20.0, said=True, number=2) -> SceneObject:
+    return SceneObject(colour, shape, size, x, y, getattr(layout(number), size)[0], said)
 
 
 def scene_of(*objects: SceneObject, relation=None, kind="pair") -> Scene:
-    return Scene(0, kind, "grey", tuple(objects), relation, None, 0, 0)
+    return Scene(0, kind, tuple(objects), relation, None, 0, 0)
 
 
-PAIR = scene_of(thing(), thing("blue", "square", "small", 46.0, 24.0), relation="left")
+PAIR = scene_of(thing(), thing("blue", "square", "small", 48.0, 24.0), relation="left")
 
 
 def changed(scene: Scene, slot: int, **changes) -> Scene:
@@ -76,12 +76,15 @@ def test_the_pair_itself_is_all_correct():
 PLANTED = {
     "one wrong colour": (changed(PAIR, 0, colour="green"), {"colour"}),
     "one wrong shape": (changed(PAIR, 1, shape="star"), {"shape"}),
-    "one wrong size": (changed(PAIR, 1, size="large", radius=9.0), {"size"}),
-    "objects exchanged": (changed(changed(PAIR, 0, x=46.0, y=24.0), 1, x=16.0, y=20.0), {"relation"}),
-    "above instead of left": (changed(changed(PAIR, 0, x=30.0, y=12.0), 1, x=32.0, y=50.0), {"relation"}),
+    "one wrong size": (changed(PAIR, 1, size="large", radius=13.0), {"size"}),
+    "objects exchanged": (changed(changed(PAIR, 0, x=48.0, y=24.0), 1, x=16.0, y=20.0), {"relation"}),
+    "above instead of left": (changed(changed(PAIR, 0, x=30.0, y=16.0), 1, x=32.0, y=50.0), {"relation"}),
     "missing object": (replace(PAIR, objects=PAIR.objects[:1]), {"colour", "shape", "size", "count", "relation"}),
-    "extra object": (replace(PAIR, objects=(*PAIR.objects, thing("white", "star", x=32.0, y=52.0))), {"count"}),
-    "second of a kind": (replace(PAIR, objects=(*PAIR.objects, thing(x=32.0, y=52.0))), {"count"}),
+    "extra object": (
+        replace(PAIR, objects=(*PAIR.objects, thing("white", "star", "small", x=32.0, y=52.0))),
+        {"count"},
+    ),
+    "second of a kind": (replace(PAIR, objects=(*PAIR.objects, thing(x=24.0, y=49.0))), {"count"}),
 }
 
 
@@ -126,18 +129,27 @@ def test_numpy_bools_count_as_what_they_are(monkeypatch):
 
 def test_an_unmentioned_size_is_not_scored():
     silent = changed(changed(PAIR, 0, size_mentioned=False), 1, size_mentioned=False)
-    result = scored(changed(PAIR, 1, size="large", radius=9.0), silent)
+    result = scored(changed(PAIR, 1, size="large", radius=13.0), silent)
     assert result["size"] is None
     assert result["all_correct"] is True
 
 
 def test_a_wrong_count_of_equal_objects_is_found():
-    three = scene_of(*(thing(x=x, y=16.0 + 2 * x / 3, said=False) for x in (11.0, 32.0, 53.0)), kind="count")
+    three = scene_of(*(thing(x=x, y=16.0 + 2 * x / 3, said=False, number=3) for x in (11.0, 32.0, 53.0)), kind="count")
     two = replace(three, objects=three.objects[:2])
     assert score_image(render(three), three)["all_correct"] is True
     assert score_image(render(two), three)["count"] is False
     assert score_image(render(three), two)["count"] is False
     assert score_image(render(three), two)["colour"] is True
+
+
+def test_what_is_large_depends_on_how_many_objects_were_asked_for():
+    nine = thing("red", "circle", "large", x=20.0, said=True, number=3)  # radius 8.75: large among three, small alone
+    others = [thing("blue", "square", "small", x=44.0, y=y, said=True, number=3) for y in (16.0, 40.0)]
+    among_three = scene_of(nine, *others, kind="list")
+    alone = scene_of(nine, kind="single")
+    assert score_image(render(among_three), among_three)["size"] is True
+    assert score_image(render(alone), alone)["size"] is False
 
 
 def test_an_empty_picture_and_pure_noise_are_unreadable_and_wrong():
