@@ -30,10 +30,10 @@ class Pieces:
     """Which word each piece of a caption belongs to, so that labels of words become labels of tokens."""
 
     def __init__(self, tokenizer: T5Tokenizer) -> None:
-        names = [tokenizer.id_to_piece(i) for i in range(len(tokenizer))]
         # sentinels are looked up too: they begin no word and carry no letters
-        self.begins = np.array([name.startswith("\u2581") for name in names] + [False] * NUM_SENTINELS)
-        self.letters = np.array([any(c.isalnum() for c in name) for name in names] + [False] * NUM_SENTINELS)
+        self.names = [tokenizer.id_to_piece(i) for i in range(len(tokenizer))] + [""] * NUM_SENTINELS
+        self.begins = np.array([name.startswith("\u2581") for name in self.names])
+        self.letters = np.array([any(c.isalnum() for c in name) for name in self.names])
         self.letters[:3] = False  # pad, end, unknown
 
     def spread(self, ids: Sequence[int], labels: np.ndarray) -> np.ndarray:
@@ -92,14 +92,14 @@ class SceneHeads(nn.Module):
             states: [B, L, D]; mean: [B, D] over real tokens.
             words: int64 [B, L, attributes]; slots: [B, groups * attributes]; emoji: [B, 3]; `IGNORE` where unlabelled.
         """
-        said = words[..., 0] != IGNORE
+        said = (words != IGNORE).any(dim=2)
         out = {}
         if said.any():
             chosen, labels = states[said], words[said]
             out["words"] = total(
                 F.cross_entropy(head(chosen).float(), labels[:, i]) for i, head in enumerate(self.words)
             )
-        rows = slots[:, 0] != IGNORE
+        rows = (slots != IGNORE).any(dim=1)
         if rows.any():
             chosen, labels = mean[rows], slots[rows]
             out["slots"] = total(

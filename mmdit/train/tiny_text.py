@@ -107,7 +107,7 @@ def train_t5(
     *,
     emoji_path: Path = Path("data/emoji.parquet"),
     seconds: float | None = None,
-    steps: int = 1_500,
+    steps: int = 1_300,
     batch_size: int = 128,
     lr: float = 2e-3,
     dropout: float = 0.1,
@@ -119,7 +119,7 @@ def train_t5(
     Args:
         seconds: stop after this many seconds of training instead of `steps` (then not reproducible step by step).
         batch_size: captions a step, one in 32 of them long.
-        dropout: in training. Without it new (colour, shape) are misread: 95 % of their colours against 99.9 %.
+        dropout: inside the encoder, in training.
     """
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,8 @@ def _t5_losses(
 ) -> dict[str, Tensor]:
     random = rng.generator(seed, "data_order", step)
     # every step sees every kind: steps of short captions only, alternating with others, were tried and learn badly
-    texts = [draw_text(step * batch_size + i, emoji, long=i < batch_size // 32) for i in range(batch_size)]
+    num_long = batch_size // 32
+    texts = [draw_text(step * batch_size + i, emoji, long=i < num_long) for i in range(batch_size)]
     tasks = ["list" if random.random() < 0.6 else ("first_wording", "second_wording")[int(random.integers(2))]
              for _ in texts]  # fmt: skip
     if step % 25 == 1:  # short -> long now and then: its filler cannot be foreseen, so little is learnt from it
@@ -200,7 +201,9 @@ def _t5_losses(
             words[i, : len(rows[i])] = torch.from_numpy(pieces.spread(rows[i], labels))
         if text.emoji is not None:
             parts[i] = torch.tensor(heads.emoji_labels(text.emoji))
-        else:
+        # In a mean over 120 words two objects must be loud. Asked for them there too, it read new (colour, shape) of
+        # short captions worse: 93.7 % instead of 97.1 % of the colours (one run each).
+        elif i >= num_long:
             slots[i] = torch.from_numpy(slot_labels(text.scene).reshape(-1))
 
     mask = ids != T5_PAD
