@@ -21,7 +21,7 @@ def main() -> int:
     if arguments.add is not None:
         try:
             print(f"stored {store_study(arguments.add, arguments.results)}")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             print(error, file=sys.stderr)
             return 2
     old = arguments.readme.read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from mmdit.data.shapes import COLOURS, SHAPES, Scene, layout, mask
+from mmdit.data.shapes import COLOURS, SHAPES, Scene, mask, spacing_of
 
 METRICS = ("colour", "shape", "size", "count", "relation", "late", "early", "all_correct", "unreadable")
 
@@ -173,7 +173,7 @@ def _overlap(
 
 def _size(found: ReadObject, scene: Scene) -> str:
     """Say whether an object is small or large for a scene of so many objects."""
-    space = layout(len(scene.objects))
+    space = spacing_of(len(scene.objects))
     return "small" if found.radius < (space.small[1] + space.large[0]) / 2 else "large"
 
 

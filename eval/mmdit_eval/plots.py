@@ -121,7 +121,7 @@ def grid_figure(grid: Mapping[str, Any]) -> str:
         *shape, figsize=(1.25 * shape[1] + 0.6, 1.2 * shape[0] + 0.5), squeeze=False, layout="constrained"
     )
     for column, line in enumerate(prompts):
-        axes[0][column].set_title(fill(line["prompt"], 18), fontsize=7.5, color="#30343b")
+        axes[0][column].set_title(fill(line["prompt"], 18), fontsize=7.5, color="#30343b", parse_math=False)
         for row, (_, picture) in enumerate(line["pictures"]):
             if picture is not None:
                 pixels = pyplot.imread(io.BytesIO(base64.b64decode(picture)))

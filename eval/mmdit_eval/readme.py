@@ -22,24 +22,38 @@ _WITH_INTERVAL = ("all_correct", "same_tone", "same_base")
 def store_study(folder: str | Path, results: str | Path) -> Path:
     """Copy what a study found to `results`/<its name>, replacing what was there, and return that folder.
 
+    Everything the report is made from is copied, so that `ablate.py --report-only` works there too; weights, caches
+    and the pictures of earlier checkpoints are not.
+
     Raises:
         FileNotFoundError: the folder holds no finished study.
+        ValueError: the study's name is no plain folder name, or it is stored there already.
     """
-    folder = Path(folder)
+    folder, results = Path(folder), Path(results)
     if not (folder / "summary.json").is_file():
         raise FileNotFoundError(
             f"{folder} has no summary.json; finish the study first: python scripts/ablate.py STUDY.yaml"
         )
-    out = Path(results) / json.loads((folder / "summary.json").read_text(encoding="utf-8"))["study"]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    out = results / summary["study"]
+    if out.resolve().parent != results.resolve():
+        raise ValueError(f"the study's name {summary['study']!r} is no folder name")
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{folder} is where this study is stored already; give the folder under runs/")
+    temporary = results / f".{out.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    top = ("summary.json", "study.json", "ceiling.json", "ceiling/*.png", "report.html", "table.*", "*.png")
+    of_a_cell = ("config.yaml", "metrics.jsonl", "environment.json", "eval/*.json")
+    patterns = [*top, *(f"*/{name}" for name in of_a_cell)]
+    for cell in summary["cells"]:
+        final = max((path.stem for path in (folder / cell / "eval").glob("*.json")), default=None)
+        patterns += [f"{cell}/samples/{final}/*.png"] if final else []
+    for file in sorted(found for pattern in patterns for found in folder.glob(pattern)):
+        target = temporary / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    top = ("summary.json", "study.json", "report.html", "table.md", "table.csv", "*.png")
-    cells = ("config.yaml", "metrics.jsonl", "environment.json", "eval/*.json")
-    for pattern in (*top, *(f"*/{name}" for name in cells)):
-        for file in sorted(folder.glob(pattern)):
-            target = out / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+    temporary.rename(out)
     return out
 
 

@@ -40,20 +40,27 @@ def write_report(folder: str | Path, console: Any = None) -> Path:
     Figures: grid-<split>.png, the samples; figure-<n>.png, the curves of the report.
     """
     files = read_study(folder)
-    for grid in (grid for grid in grids(files) if grid["lines"]):
-        picture = base64.b64decode(plots.grid_figure(grid))
-        (files.folder / f"grid-{grid['split']}.png").write_bytes(picture)
-    for number, figure in enumerate(figures(files, plots.row_colours(files.rows)), start=1):
-        (files.folder / f"figure-{number}.png").write_bytes(base64.b64decode(figure["png"]))
     (files.folder / "table.md").write_text(markdown(files), encoding="utf-8")
     (files.folder / "table.csv").write_text(csv_table(files), encoding="utf-8")
     (files.folder / "summary.json").write_text(
         json.dumps(summary(files), indent=1, ensure_ascii=False), encoding="utf-8"
     )
+    drawn = figures(files, plots.row_colours(files.rows))
     out = files.folder / "report.html"
-    out.write_text(html(files), encoding="utf-8")
+    out.write_text(html(files, drawn), encoding="utf-8")
+    write_pictures(files, drawn)
     print_study(files, console)
     return out
+
+
+def write_pictures(files: Files, drawn: list[dict[str, str]]) -> None:
+    """Write the sample grids and the report's figures as files of their own, in place of earlier ones."""
+    for stale in (*files.folder.glob("grid-*.png"), *files.folder.glob("figure-*.png")):
+        stale.unlink()
+    pictures = {f"grid-{grid['split']}": plots.grid_figure(grid) for grid in grids(files) if grid["lines"]}
+    pictures |= {f"figure-{number}": figure["png"] for number, figure in enumerate(drawn, start=1)}
+    for name, png in pictures.items():
+        (files.folder / f"{name}.png").write_bytes(base64.b64decode(png))
 
 
 def summary(files: Files) -> dict[str, Any]:
@@ -164,8 +171,8 @@ def print_result(result: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def html(files: Files) -> str:
-    """Render report.html: one file, no outside resource."""
+def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
+    """Render report.html: one file, no outside resource; `drawn` are its figures where they are drawn already."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -187,7 +194,7 @@ def html(files: Files) -> str:
         scores=score_table(files),
         costs=cost_table(files),
         budgets=equal_budgets(files),
-        figures=figures(files, colours),
+        figures=figures(files, colours) if drawn is None else drawn,
         grids=grids(files),
         failed=[cell for cell in files.cells if cell.result is None or cell.status == "failed"],
         suite=files.study["suite"],

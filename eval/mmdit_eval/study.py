@@ -13,7 +13,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mmdit.config import RunConfig, StudyConfig, differences, load_config, load_study, row_configs, to_tree, to_yaml
+from mmdit_eval import executor
 
-EXIT_INTERRUPTED = 75  # a training process that saved and wants the same command again
 Say = Callable[[str], None]
 
 
@@ -76,9 +75,7 @@ def run_study(
         study_dir, study, cells, costs, command=shlex.join(["python", "scripts/ablate.py", str(path), *overrides])
     )
     with interruptible():
-        for seed in study.seeds:  # seeds outside: whole comparisons are finished early
-            for row in cells:
-                train_cell(book, row, seed, cells[row][seed], study_dir, say)
+        train_cells(book, study, cells, study_dir, say)
         judge(book, study, cells, study_dir, say)
     report = write_reports(study_dir, say)
     failed = [name for name, cell in book.cells.items() if cell["status"] == "failed"]
@@ -143,36 +140,65 @@ def cell_config(config: RunConfig, study_dir: Path) -> RunConfig:
     return config.model_copy(update={"train": train})
 
 
-def train_cell(book: Book, row: str, seed: int, config: RunConfig, study_dir: Path, say: Say) -> None:
-    """Train one cell in its own process; a failure is written down and does not stop the others."""
-    name = cell_name(row, seed)
+def train_cells(
+    book: Book, study: StudyConfig, cells: dict[str, dict[int, RunConfig]], study_dir: Path, say: Say
+) -> None:
+    """Train what is not trained yet, each cell in its own process; a failure is written down and stops no other."""
+    commands: dict[str, list[str]] = {}
+    for seed in study.seeds:  # seeds outside: whole comparisons are finished early
+        for row in cells:
+            name, config = cell_name(row, seed), cell_config(cells[row][seed], study_dir)
+            if finished(study_dir / name, config):
+                say(f"{name}: trained already")
+                book.mark(name, "trained")
+            else:
+                commands[name] = cell_command(name, config, study_dir)
+    if study.workers > 1 and len(commands) > 1:
+        encode_first(commands, say)
+
+    def begun(name: str) -> None:
+        cell = book.cells[name]
+        say(f"\n{name}: training ({cells[cell['row']][cell['seed']].train.images:,} images)")
+        book.mark(name, "training")
+
+    def ended(name: str, code: int) -> None:
+        if code in (0, executor.EXIT_INTERRUPTED):
+            book.mark(name, "interrupted" if code else "trained")
+            return
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        hint = f"; if {study_dir / name} holds another run, remove it or rename the study (--name)" if code == 2 else ""
+        again = shlex.join(commands[name])
+        book.mark(name, "failed", f"training ended with {how}; see above, or run: {again}{hint}")
+        say(f"{name}: failed with {how}; going on with the other cells")
+
+    if not executor.run_queue(commands, study.workers, begun, ended):
+        saved = [name for name, cell in book.cells.items() if cell["status"] == "interrupted"]
+        raise StudyInterrupted(f"interrupted; {', '.join(saved) or 'no cell'} saved its state")
+
+
+def cell_command(name: str, config: RunConfig, study_dir: Path) -> list[str]:
+    """Write a cell's config and return the command that trains it, or goes on with it."""
     run_dir = study_dir / name
-    config = cell_config(config, study_dir)
-    if finished(run_dir, config):
-        say(f"{name}: trained already")
-        book.mark(name, "trained")
-        return
     run_dir.mkdir(parents=True, exist_ok=True)
-    config_file = run_dir / "config.yaml"
-    if not config_file.exists():
-        config_file.write_text(to_yaml(config), encoding="utf-8")
+    if not (run_dir / "config.yaml").exists():
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     wanted = study_dir / "configs" / f"{name}.yaml"  # config.yaml is the trainer's: it compares before it overwrites
     wanted.parent.mkdir(exist_ok=True)
     wanted.write_text(to_yaml(config), encoding="utf-8")
-    command = [sys.executable, "-m", "mmdit.train", str(wanted), "--out", str(run_dir)]
-    say(f"\n{name}: training ({config.train.images:,} images)")
-    book.mark(name, "training")
-    code = run_process(command)
-    if code == 0:
-        book.mark(name, "trained")
-    elif code == EXIT_INTERRUPTED:
-        book.mark(name, "interrupted")
-        raise StudyInterrupted(f"{name} was interrupted and has saved its state")
-    else:
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        hint = f"; if {run_dir} holds another run, remove it or rename the study (--name)" if code == 2 else ""
-        book.mark(name, "failed", f"training ended with {how}; see above, or run: {shlex.join(command)}{hint}")
-        say(f"{name}: failed with {how}; going on with the other cells")
+    return [sys.executable, "-m", "mmdit.train", str(wanted), "--out", str(run_dir)]
+
+
+def encode_first(commands: dict[str, list[str]], say: Say) -> None:
+    """Encode the data of cells that will train at the same time, with all cores; else all but one would wait for it."""
+    seen = []
+    for name, command in commands.items():
+        config = load_config(command[3])
+        key = config.data, config.encoders, config.train.cache_dir
+        if config.train.precompute and key not in seen:
+            seen.append(key)
+            say(f"\n{name}: encoding its data")
+            if not executor.run_queue({name: [*command, "--cache-only"]}, 1, lambda _: None, lambda *_: None):
+                raise StudyInterrupted("interrupted while encoding")
 
 
 def finished(run_dir: Path, config: RunConfig) -> bool:
@@ -186,18 +212,6 @@ def finished(run_dir: Path, config: RunConfig) -> bool:
         return not differences(to_tree(load_config(path / "config.yaml")), to_tree(config))
     except (CheckpointError, FileNotFoundError, ValueError):
         return False
-
-
-def run_process(command: Sequence[str]) -> int:
-    """Run a command and return its code; an interruption is passed on once, so that it can save, and waited for."""
-    # its own session: the terminal's Ctrl-C would otherwise reach it twice, and a second one means "at once"
-    process = subprocess.Popen(command, start_new_session=True)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            print("\nstopping: the training process saves its state ...", flush=True)
-            process.send_signal(signal.SIGINT)
 
 
 @contextmanager

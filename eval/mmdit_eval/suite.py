@@ -309,6 +309,9 @@ def make_stamp(config: RunConfig, suite: SuiteConfig, references: Mapping[str, R
         "diffusion.prediction": config.diffusion.prediction,
         "encoders.padding": config.encoders.padding,
         "encoders.null": config.encoders.null,
+        # validation losses are in units of the latents
+        "encoders.latent_shift": config.encoders.latent_shift,
+        "encoders.latent_scale": config.encoders.latent_scale,
     }
     return json.loads(json.dumps({"protocol": protocol, "inference": inference}))
 

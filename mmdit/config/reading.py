@@ -131,6 +131,9 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     return merge(below, tree)
 
 
+DEFAULT_MODEL = {"name": "mmdit", "preset": "tiny"}
+
+
 def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
     """Read a run's YAML, lay overrides on it, fill presets and widths, validate.
 
@@ -144,7 +147,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mappi
     """
     tree = read_tree(path) if path is not None else {}
     extra = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    return resolve(merge(tree, extra), source=str(path or "defaults"))
+    return resolve(merge({"model": DEFAULT_MODEL, **tree}, extra), source=str(path or "defaults"))
 
 
 def resolve(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
@@ -164,7 +167,7 @@ def resolve(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
             model.setdefault("out_channels", vae["channels"])
         tree["model"] = model
     else:
-        tree["model"] = tree.get("model", {"name": "mmdit", "preset": "tiny"})
+        tree["model"] = tree.get("model", DEFAULT_MODEL)
         if isinstance(tree["model"], Mapping):
             return resolve(tree, source)
     return validate(RunConfig, tree, source)

@@ -123,6 +123,7 @@ class StudyConfig(Config):
     base: Path
     rows: dict[str, dict[str, Any]]
     seeds: tuple[NonNegativeInt, ...] = (0,)
+    workers: PositiveInt = 1  # cells trained at the same time; each gets its share of the cores
     varies: tuple[str, ...] = ("model",)  # dotted prefixes a row may change
     allow_confounded: bool = False
     match: MatchConfig | None = MatchConfig()

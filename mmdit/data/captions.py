@@ -1,4 +1,4 @@
-"""English for scenes of shapes: a phrase, several sentences, and a canonical list.
+"""English for scenes of shapes: a phrase, or several sentences.
 
 The long form puts filler between what CLIP can read (75 tokens between its start and end tokens) and the rest. Every
 word and every punctuation mark is at least one BPE token, so counting those bounds CLIP's tokens from below without a
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 FILLED = 74  # words before the closing sentence, which has three or more before its object: with the start token, 77
 RELATION_WORDS = {"left": ("left of", "right of"), "above": ("above", "below")}
-_PLACES = {"left": ("left", "right"), "above": ("top", "bottom")}
 
 _BACKGROUND_SENTENCES = (
     "The background is plain black, even from one edge to the other.",
@@ -116,16 +115,3 @@ def long_caption(scene: Scene) -> str:
 def count_words(text: str) -> int:
     """Count words and punctuation marks: a lower bound of the number of BPE tokens."""
     return len(re.findall(r"\w+|[^\w\s]", text))
-
-
-def canonical(scene: Scene) -> str:
-    """List what the caption says: "red circle left ; blue square small right", "3 white star large"."""
-    parts = []
-    for number, group in enumerate(scene.groups):
-        item = scene.objects[group[0]]
-        part = [str(len(group))] if len(group) > 1 else []
-        part += [item.colour, item.shape, *([item.size] if item.size_mentioned else [])]
-        if scene.relation is not None:
-            part.append(_PLACES[scene.relation][number])
-        parts.append(" ".join(part))
-    return " ; ".join(parts)

@@ -50,7 +50,7 @@ EVALUATION_SCENES = 10_000  # length of val, seen and heldout; they are drawn on
 _VERSION = 4  # raise whenever a scene, its picture or its caption changes
 
 
-class Layout(NamedTuple):
+class Spacing(NamedTuple):
     """How large objects are and where they may stand: radius from and to, and the lattice of centres, in pixels."""
 
     small: tuple[float, float]
@@ -59,14 +59,14 @@ class Layout(NamedTuple):
 
 
 # A denoiser learns one and two objects in minutes because they are large and their centres lie on corners of the 8 x 8
-# pixels that one latent stands for, so that a shape has few codes. Tried, with the images that gave a U-Net 45 % of the
-# scenes so: centres anywhere, 11 %; objects of 6 and 9 pixels besides, 5 %.
-ROOMY = Layout(small=(7.5, 7.5), large=(13.0, 13.0), lattice=8.0)
-CROWDED = Layout(small=(5.5, 6.5), large=(8.75, 9.5), lattice=0.125)
+# pixels that one latent stands for, so that a shape has few codes. After 40,000 images a U-Net got 45 % of such scenes
+# right, 11 % with centres anywhere, 5 % with objects of 6 and 9 pixels (tried, one run each, files not kept).
+ROOMY = Spacing(small=(7.5, 7.5), large=(13.0, 13.0), lattice=8.0)
+CROWDED = Spacing(small=(5.5, 6.5), large=(8.75, 9.5), lattice=0.125)
 
 
-def layout(number: int) -> Layout:
-    """Return the layout of scenes of `number` objects."""
+def spacing_of(number: int) -> Spacing:
+    """Return the sizes and places of scenes of `number` objects."""
     return ROOMY if number <= 2 else CROWDED
 
 
@@ -148,10 +148,6 @@ class Scene:
         """Return the caption in several sentences; the objects in `late` are described only at its end."""
         return words.long_caption(self)
 
-    def canonical(self) -> str:
-        """Return what the caption says as a list: "red circle left ; blue square small right"."""
-        return words.canonical(self)
-
 
 def pair_is_heldout(first: tuple[str, str], relation: str, second: tuple[str, str]) -> bool:
     """Say whether (colour, shape) left of | above (colour, shape) is one of the tenth kept out of training."""
@@ -215,7 +211,7 @@ def draw_scene(seed: int, index: int, split: str, max_objects: int = 2) -> Scene
     for look in looks:  # equal objects are equally large: "three small red circles"
         if look not in chosen:
             chosen[look] = (("small", "large")[int(random.integers(2))], bool(random.random() < 0.5))
-    space = layout(len(looks))
+    space = spacing_of(len(looks))
     radius_of = {look: _eighth(random.uniform(*getattr(space, size))) for look, (size, _) in chosen.items()}
     radii = [radius_of[look] for look in looks]
     centres = _place(random, radii, relation, space.lattice)
@@ -250,7 +246,7 @@ def _eighth(value: float) -> float:
 def _place(
     random: np.random.Generator, radii: Sequence[float], relation: str | None, lattice: float
 ) -> list[tuple[float, float]]:
-    """Draw centres whose boxes keep their distance and, in a pair, stand in the relation."""
+    """Draw centres whose boxes keep their distance; two always stand left and right or above and below each other."""
     if len(radii) == 2:
         axis = relation or ("left", "above")[int(random.integers(2))]
         return _place_pair(random, (radii[0], radii[1]), axis, lattice)
@@ -348,7 +344,8 @@ def render(scene: Scene) -> np.ndarray:
 class ShapesDataset:
     """Scenes of one split, drawn on demand.
 
-    `train` and `val`, `seen` share their combinations and no scene; `heldout` holds held-out combinations only.
+    `train`, `val` and `seen` share their combinations, and pictures too: of single objects there are but 3,256, of
+    pairs over a million. `heldout` holds held-out combinations only, so none of its pictures is in `train`.
     """
 
     def __init__(self, config: ShapesConfig, split: str = "train") -> None:
@@ -399,19 +396,3 @@ class ShapesDataset:
             scene = self.scene(int(i))
             out.append(scene.long() if self.long_form(int(i)) else scene.short())
         return out
-
-
-def caption_batch(
-    seed: int, first: int, count: int, max_objects: int = 2, form: str = "short"
-) -> list[tuple[str, str]]:
-    """Return (caption, canonical list) pairs of training scenes, for training text encoders; draws no picture.
-
-    Args:
-        form: short | long | both (alternating).
-    """
-    pairs = []
-    for index in range(first, first + count):
-        scene = draw_scene(seed, index, "train", max_objects)
-        is_long = form == "long" or (form == "both" and index % 2 == 1)
-        pairs.append((scene.long() if is_long else scene.short(index % 2), scene.canonical()))
-    return pairs

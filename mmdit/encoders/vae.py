@@ -8,6 +8,7 @@ the same quality in a fraction of the time (the full-resolution stages are the s
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from mmdit.config import EncodersConfig, VAEConfig
+from mmdit.config import ConfigError, EncodersConfig, VAEConfig
 from mmdit.weights import vae as layout
 
 TINY = Path(__file__).parent / "tiny" / "vae.safetensors"
@@ -313,20 +314,21 @@ def to_images(pixels: Tensor) -> Any:
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKL, images: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return per-channel mean and 1 / standard deviation of raw latents drawn from the posterior.
+def latent_statistics(
+    vae: AutoencoderKL, batches: Iterable[Any], posterior: bool = False
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return per-channel mean and 1 / standard deviation of raw latents: what `shift` and `scale` are to be.
 
     Args:
-        images: uint8 [N, R, R, 3].
-
-    Posterior samples rather than means: that is what `shift` and `scale` are to bring to mean 0 and deviation 1; the
-    two differ by the posterior's own variance, which is small.
+        batches: images, uint8 [N, R, R, 3] each.
+        posterior: of latents drawn from the posterior, whose own variance then counts too; else of its means, which
+            are what runs learn from (`mmdit.data.cache`).
     """
     means, variances = [], []
-    for start in range(0, len(images), 64):
-        mean, logvar = vae.moments(to_pixels(images[start : start + 64]))
+    for images in batches:
+        mean, logvar = vae.moments(to_pixels(images))
         means.append(mean.double())
-        variances.append(logvar.double().exp())
+        variances.append(logvar.double().exp() if posterior else torch.zeros((), dtype=torch.float64).expand_as(mean))
     mean, variance = torch.cat(means), torch.cat(variances)
     std = (mean.var(dim=(0, 2, 3)) + variance.mean(dim=(0, 2, 3))).sqrt()
     shift = tuple(round(value, 5) for value in mean.mean(dim=(0, 2, 3)).tolist())
@@ -334,9 +336,23 @@ def latent_statistics(vae: AutoencoderKL, images: Any) -> tuple[tuple[float, ...
 
 
 def load_run_vae(encoders: EncodersConfig) -> AutoencoderKL:
-    """Load the VAE of a run, with the run's own shift and scale of latents where it states them."""
-    chosen = {"shift": encoders.latent_shift, "scale": encoders.latent_scale}
-    return load_vae(encoders.vae, **{name: value for name, value in chosen.items() if value is not None})
+    """Load the VAE of a run, with the run's own shift and scale of latents where it states them.
+
+    Raises:
+        ConfigError: they were measured on a VAE with another number of channels.
+    """
+    vae = load_vae(encoders.vae)
+    channels = vae.config.latent_channels
+    chosen: dict[str, Any] = {}
+    for name, value in (("shift", encoders.latent_shift), ("scale", encoders.latent_scale)):
+        if isinstance(value, tuple) and len(value) != channels:
+            raise ConfigError(
+                f"encoders.latent_{name} has {len(value)} numbers, the VAE {encoders.vae!r} has {channels} channels; "
+                f"set it to null, or to what `python scripts/cache.py CONFIG --statistics` prints"
+            )
+        if value is not None:
+            chosen[name] = value
+    return load_vae(encoders.vae, **chosen) if chosen else vae
 
 
 def load_vae(path: str | Path = "tiny", **overrides: Any) -> AutoencoderKL:

@@ -65,7 +65,7 @@ def top_one(clip: TinyClip, max_objects: int, groups: int = 31, group: int = 64)
 
 def minimal_pairs(clip: TinyClip, split: str, count: int = 1_000) -> dict[str, float]:
     """Return how often a two-object picture prefers its caption to the same words wrongly bound, by kind."""
-    won: dict[str, list[Tensor]] = {}
+    won: dict[str, float] = {}
     scenes = [draw_scene(SEED + 4, i, split, 2) for i in range(3 * count)]
     scenes = [scene for scene in scenes if scene.relation is not None][:count]
     embeds = clip.image_embeds(np.stack([render(scene) for scene in scenes]))
@@ -74,15 +74,15 @@ def minimal_pairs(clip: TinyClip, split: str, count: int = 1_000) -> dict[str, f
     for kind in ("order", "colour", "shape", "axis"):
         rows = [i for i, swap in enumerate(swaps) if kind in swap]
         wrong = (embeds[rows] * clip.text_embeds([swaps[i][kind].short() for i in rows])).sum(dim=1)
-        won.setdefault(kind, []).append((true[rows] > wrong).float())
-    return {kind: round(100 * float(torch.cat(values).mean()), 2) for kind, values in won.items()}
+        won[kind] = round(100 * float((true[rows] > wrong).float().mean()), 2)
+    return won
 
 
 @torch.no_grad()
 def probe_clip_text(text: TextEncoders, emoji_path: Path) -> dict[str, Any]:
     """Run T5's gate on the CLIP stream and its pooled vector; for information, as they are causal."""
     tokenizer = text.tokenizers["clip_l"]
-    begins = WordEnds(tokenizer)
+    ends = WordEnds(tokenizer)
 
     def states_of(captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         out = text.encode(captions, "trim")
@@ -97,7 +97,7 @@ def probe_clip_text(text: TextEncoders, emoji_path: Path) -> dict[str, Any]:
         )
 
     return {
-        "short, 1-2 objects": probe_scenes(states_of, begins.spread),
+        "short, 1-2 objects": probe_scenes(states_of, ends.spread),
         "cosine of pooled": paraphrase_cosines(lambda captions: states_of(captions)[3]),
         "emoji": probe_emoji(lambda captions: states_of(captions)[3], emoji_path),
     }

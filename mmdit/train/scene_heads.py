@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from mmdit.config import EmojiConfig
 from mmdit.data.emoji import EmojiDataset, EmojiRecord
 from mmdit.encoders.t5 import NUM_SENTINELS
-from mmdit.encoders.tokenizers import CLIP_END, CLIP_START, ClipTokenizer, T5Tokenizer
+from mmdit.encoders.tokenizers import CLIP_END, CLIP_START, T5_PAD, ClipTokenizer, T5Tokenizer, pad
+from mmdit.encoders.towers import tower_states
 from mmdit.train.scene_labels import ATTRIBUTES, CLASSES, IGNORE, MAX_GROUPS
 
 SEED = 20  # of the scenes whose captions are read
+T5_TOKENS = 160  # more than the longest caption has
 
 
 def emoji_records(path: Path, split: str = "train") -> list[EmojiRecord]:
@@ -31,9 +33,9 @@ class Pieces:
 
     def __init__(self, tokenizer: T5Tokenizer) -> None:
         # sentinels are looked up too: they begin no word and carry no letters
-        self.names = [tokenizer.id_to_piece(i) for i in range(len(tokenizer))] + [""] * NUM_SENTINELS
-        self.begins = np.array([name.startswith("\u2581") for name in self.names])
-        self.letters = np.array([any(c.isalnum() for c in name) for name in self.names])
+        names = [tokenizer.id_to_piece(i) for i in range(len(tokenizer))] + [""] * NUM_SENTINELS
+        self.begins = np.array([name.startswith("\u2581") for name in names])
+        self.letters = np.array([any(c.isalnum() for c in name) for name in names])
         self.letters[:3] = False  # pad, end, unknown
 
     def spread(self, ids: Sequence[int], labels: np.ndarray) -> np.ndarray:
@@ -123,3 +125,12 @@ def mean_state(states: Tensor, mask: Tensor) -> Tensor:
     """Average the states of real tokens: [B, L, D], bool [B, L] -> [B, D]."""
     weight = mask[:, :, None].to(states.dtype)
     return (states * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def encode_raw(module: nn.Module, tokenizer: T5Tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return raw states [B, L, D], mask [B, L] and ids [B, L] of captions."""
+    rows = tokenizer(captions, T5_TOKENS)
+    ids = pad(rows, T5_PAD, max(map(len, rows)))
+    mask = ids != T5_PAD
+    states, _ = tower_states(module, ids, mask)
+    return states, mask, ids

@@ -26,7 +26,7 @@ from mmdit.encoders.t5 import NUM_SENTINELS, TASKS, Rewriter, corrupt_spans, rew
 from mmdit.encoders.tokenizers import T5_PAD, T5Tokenizer, pad, train_t5_pieces
 from mmdit.encoders.towers import Tower, build_tower, save_tower, tower_states
 from mmdit.train.recipe import run_recipe
-from mmdit.train.scene_heads import SEED, Pieces, SceneHeads, emoji_records, mean_state
+from mmdit.train.scene_heads import SEED, T5_TOKENS, Pieces, SceneHeads, emoji_records, encode_raw, mean_state
 from mmdit.train.scene_labels import (
     ATTRIBUTES,
     GRAMMAR_WORDS,
@@ -36,7 +36,7 @@ from mmdit.train.scene_labels import (
     slot_labels,
     word_labels,
 )
-from mmdit.train.text_probes import T5_TOKENS, encode_mean, probe_t5
+from mmdit.train.text_probes import probe_t5
 
 PIECES = 1_000
 T5_CONFIG: dict[str, Any] = {
@@ -249,7 +249,7 @@ def state_statistics(module: nn.Module, tokenizer: T5Tokenizer, emoji: Sequence[
     seen = []
     for start in range(0, 4_096, 256):
         captions = [draw_text(10_000_000 + start + i, emoji).caption for i in range(256)]
-        states, mask, _ = encode_mean(module, tokenizer, captions)
+        states, mask, _ = encode_raw(module, tokenizer, captions)
         seen.append(states[mask])
     every = torch.cat(seen).double()
     return every.mean(dim=0).float(), every.std(dim=0).clamp(min=1e-3).float()

@@ -220,7 +220,8 @@ def train_vae(
         vae = load_vae(out / f"stage{number}" / "vae.safetensors")
 
     chosen = np.concatenate([array[:: max(1, 2 * len(array) // STATISTICS_IMAGES)] for array in arrays])
-    shift, scale = latent_statistics(vae, chosen)
+    batches = (chosen[i : i + 64] for i in range(0, len(chosen), 64))
+    shift, scale = latent_statistics(vae, batches, posterior=True)
     record = {
         "command": "python -m mmdit.train.tiny_vae",
         "seed": seed,

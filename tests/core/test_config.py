@@ -80,6 +80,8 @@ def test_changing_the_backbone_keeps_a_preset_that_both_have_and_drops_others():
     assert merge(tiny, unet)["model"] == {"name": "unet", "preset": "tiny"}
     assert merge(tiny, {"model": {"name": "unet", "preset": "S"}})["model"] == {"name": "unet", "preset": "S"}
     assert merge(sd3, unet)["model"] == {"name": "unet"}
+    for words in (["--model.name", "unet"], {"model": {"name": "unet"}}):  # also where no file says anything
+        assert load_config(None, words).model.model_channels == PRESETS["unet"]["tiny"]["model_channels"]
 
 
 def test_changing_the_preset_drops_the_old_presets_fields_but_keeps_the_users(monkeypatch):

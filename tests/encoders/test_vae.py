@@ -218,7 +218,7 @@ def test_a_stage_learns_and_its_file_is_read_back(tmp_path):
 def test_statistics_bring_posterior_samples_to_mean_zero_and_deviation_one():
     vae = build(shift=0.0, scale=1.0)
     images = torch.randint(0, 256, (40, 16, 16, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
-    shift, scale = latent_statistics(vae, images)
+    shift, scale = latent_statistics(vae, [images[:16], images[16:]], posterior=True)
     ready = build(shift=shift, scale=scale)
     noise = torch.randn(40, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     latents = ready.encode(to_pixels(images), noise)

@@ -11,11 +11,11 @@ from scipy import ndimage
 
 from mmdit.config import ShapesConfig
 from mmdit.data import make_dataset
-from mmdit.data.shapes import Scene, SceneObject, draw_scene, layout, render
+from mmdit.data.shapes import Scene, SceneObject, draw_scene, render, spacing_of
 
 
 def thing(colour="red", shape="circle", size="large", x=16.0, y=20.0, said=True, number=2) -> SceneObject:
-    return SceneObject(colour, shape, size, x, y, getattr(layout(number), size)[0], said)
+    return SceneObject(colour, shape, size, x, y, getattr(spacing_of(number), size)[0], said)
 
 
 def scene_of(*objects: SceneObject, relation=None, kind="pair") -> Scene:
@@ -144,10 +144,12 @@ def test_a_wrong_count_of_equal_objects_is_found():
 
 
 def test_what_is_large_depends_on_how_many_objects_were_asked_for():
-    nine = thing("red", "circle", "large", x=20.0, said=True, number=3)  # radius 8.75: large among three, small alone
+    middling = thing(
+        "red", "circle", "large", x=20.0, said=True, number=3
+    )  # radius 8.75: large among three, small alone
     others = [thing("blue", "square", "small", x=44.0, y=y, said=True, number=3) for y in (16.0, 40.0)]
-    among_three = scene_of(nine, *others, kind="list")
-    alone = scene_of(nine, kind="single")
+    among_three = scene_of(middling, *others, kind="list")
+    alone = scene_of(middling, kind="single")
     assert score_image(render(among_three), among_three)["size"] is True
     assert score_image(render(alone), alone)["size"] is False
 

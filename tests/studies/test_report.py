@@ -131,7 +131,16 @@ def test_a_finished_study_is_stored_without_weights_and_replaces_what_was_there(
     assert wanted | {"unet-s0/metrics.jsonl"} <= stored
     assert "old.json" not in stored
     assert not any(name.endswith(".safetensors") for name in stored)
-    assert json.loads((out / "summary.json").read_text()) == json.loads((study / "summary.json").read_text())
+    assert summary(read_study(out)) == summary(read_study(study))  # the report can be made from what was stored
+    assert "100.0 %" in markdown(read_study(out))  # the ceiling
+    with pytest.raises(ValueError, match="stored already"):
+        store_study(out, tmp_path / "results")
+    assert (out / "summary.json").is_file()
+    broken = json.loads((study / "summary.json").read_text())
+    (study / "summary.json").write_text(json.dumps({**broken, "study": ".."}))
+    with pytest.raises(ValueError, match="no folder name"):
+        store_study(study, tmp_path / "results")
+    assert (out / "summary.json").is_file()
 
 
 def test_prompts_are_escaped(study):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mmdit_eval import study
-from mmdit_eval.study import StudyInterrupted, run_process, run_study
+from mmdit_eval import executor, study
+from mmdit_eval.executor import EXIT_INTERRUPTED, run_queue
+from mmdit_eval.study import StudyInterrupted, run_study
 
 from mmdit.config import ConfigError, load_config, to_tree
 
@@ -21,6 +22,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def silent(text):
     pass
+
+
+class Ended:
+    """What stands for a process that has run."""
+
+    def __init__(self, code):
+        self.code = code
+
+    def poll(self):
+        return self.code
+
+
+def instead(monkeypatch, run):
+    """Have cells run by `run(command)` -> exit code instead of by processes."""
+    monkeypatch.setattr(executor, "start", lambda command, environment: Ended(run(command)))
 
 
 def in_process(command):
@@ -55,7 +71,7 @@ def study_file(tmp_path, micro, micro_unet):
 
 def test_a_study_trains_judges_and_reports_and_does_nothing_twice(study_file, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(study, "run_process", lambda command: started.append(command[3]) or in_process(command))
+    instead(monkeypatch, lambda command: started.append(command[3]) or in_process(command))
     assert run_study(study_file, out=tmp_path / "runs", say=silent) == 0
     folder = tmp_path / "runs" / "mini"
     assert len(started) == 2
@@ -83,7 +99,7 @@ def test_a_study_trains_judges_and_reports_and_does_nothing_twice(study_file, tm
 
 
 def test_a_failed_cell_does_not_stop_the_others_and_is_named(study_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "run_process", lambda c: -signal.SIGKILL if "mmdit-s0" in c[3] else in_process(c))
+    instead(monkeypatch, lambda command: -signal.SIGKILL if "mmdit-s0" in command[3] else in_process(command))
     said = []
     assert run_study(study_file, out=tmp_path / "runs", say=said.append) == 1
     cells = json.loads((tmp_path / "runs/mini/study.json").read_text())["cells"]
@@ -94,13 +110,13 @@ def test_a_failed_cell_does_not_stop_the_others_and_is_named(study_file, tmp_pat
 
 
 def test_an_interrupted_cell_ends_the_study_and_the_next_call_goes_on(study_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "run_process", lambda command: study.EXIT_INTERRUPTED)
-    with pytest.raises(StudyInterrupted, match="mmdit-s0 was interrupted and has saved"):
+    instead(monkeypatch, lambda command: EXIT_INTERRUPTED)
+    with pytest.raises(StudyInterrupted, match="interrupted; mmdit-s0 saved its state"):
         run_study(study_file, out=tmp_path / "runs", say=silent)
     book = json.loads((tmp_path / "runs/mini/study.json").read_text())
     assert [cell["status"] for cell in book["cells"].values()] == ["interrupted", "waiting"]
     called = []
-    monkeypatch.setattr(study, "run_process", lambda command: called.append(Path(command[3]).stem) or 0)
+    instead(monkeypatch, lambda command: called.append(Path(command[3]).stem) or 0)
     monkeypatch.setattr(study, "judge", lambda *given: None)
     assert run_study(study_file, out=tmp_path / "runs", say=silent) == 0
     assert called == ["mmdit-s0", "unet-s0"]
@@ -171,27 +187,83 @@ def test_a_mistake_on_the_command_line_costs_neither_time_nor_a_traceback(argume
     assert time.perf_counter() - began < 10  # under 2 s on a quiet machine
 
 
-def test_an_interruption_is_passed_on_once_and_waited_for(tmp_path):
-    """The child saves after the first SIGINT; a second one would end it at once."""
-    note = tmp_path / "note"
-    child = (
-        "import signal, sys, time, pathlib\n"
-        f"note = pathlib.Path({str(note)!r})\n"
-        "def stop(*_):\n"
-        "    time.sleep(0.3); note.write_text(note.read_text() + 'saved '); sys.exit(75)\n"
-        "signal.signal(signal.SIGINT, stop)\n"
-        "note.write_text('ready ')\n"
-        "time.sleep(20)\n"
-    )
+CHILD = """
+import signal, sys, time, pathlib
+note = pathlib.Path(sys.argv[1])
+def stop(*_):
+    time.sleep(0.3); note.write_text(note.read_text() + 'saved '); sys.exit(75)
+signal.signal(signal.SIGINT, stop)
+note.write_text('ready ')
+time.sleep(20)
+"""
+
+
+def test_an_interruption_is_passed_on_once_to_all_that_run_and_waited_for(tmp_path):
+    """A child saves after the first SIGINT; a second one would end it at once. What waits does not begin."""
+    notes = {name: tmp_path / name for name in ("first", "second", "third")}
 
     def interrupt():
-        while not note.exists() or "ready" not in note.read_text():
+        while not all(notes[n].exists() and "ready" in notes[n].read_text() for n in ("first", "second")):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    code = run_process([sys.executable, "-c", child])
+    commands = {name: [sys.executable, "-c", CHILD, str(note)] for name, note in notes.items()}
+    codes = {}
+    assert run_queue(commands, 2, lambda name: None, codes.__setitem__) is False
     thread.join()
-    assert code == 75
-    assert note.read_text() == "ready saved "
+    assert codes == {"first": 75, "second": 75}
+    assert notes["second"].read_text() == "ready saved "
+    assert not notes["third"].exists()
+
+
+def test_one_that_was_interrupted_from_outside_stops_the_others_after_they_saved(tmp_path):
+    note = tmp_path / "note"
+    wait = f"import pathlib, time, sys\nwhile not pathlib.Path({str(note)!r}).exists(): time.sleep(0.02)\nsys.exit(75)"
+    commands = {"saving": [sys.executable, "-c", CHILD, str(note)], "told": [sys.executable, "-c", wait]}
+    codes = {}
+    assert run_queue(commands, 2, lambda name: None, codes.__setitem__) is False
+    assert codes == {"told": 75, "saving": 75}
+
+
+def test_workers_share_the_cores_and_run_everything_in_order(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    seen, begun, codes = {}, [], {}
+    running = {"now": 0, "most": 0}
+
+    class Process(Ended):
+        def __init__(self):
+            super().__init__(None)
+            self.looks = 0
+            running["now"] += 1
+            running["most"] = max(running["most"], running["now"])
+
+        def poll(self):
+            self.looks += 1
+            if self.looks < 3:
+                return None
+            running["now"] -= 1
+            return 0
+
+    def start(command, environment):
+        seen[command[0]] = environment["OMP_NUM_THREADS"], environment["TQDM_POSITION"]
+        return Process()
+
+    monkeypatch.setattr(executor, "start", start)
+    names = list("abcde")
+    assert run_queue({n: [n] for n in names}, 2, begun.append, codes.__setitem__, poll=0.001) is True
+    assert begun == names
+    assert codes == dict.fromkeys(names, 0)
+    assert running["most"] == 2
+    assert {threads for threads, _ in seen.values()} == {"4"}
+    assert {place for _, place in seen.values()} == {"0", "1"}
+
+
+def test_cells_trained_side_by_side_encode_their_data_once_and_before(study_file, tmp_path, monkeypatch):
+    called = []
+    instead(monkeypatch, lambda command: called.append((Path(command[3]).stem, "--cache-only" in command)) or 0)
+    monkeypatch.setattr(study, "judge", lambda *given: None)
+    assert run_study(study_file, ["--workers", "2"], out=tmp_path / "runs", say=silent) == 0
+    assert called == [("mmdit-s0", True), ("mmdit-s0", False), ("unet-s0", False)]

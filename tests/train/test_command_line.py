@@ -11,8 +11,9 @@ import yaml
 
 from mmdit.config import load_config, to_yaml
 from mmdit.data import make_dataset
-from mmdit.encoders.vae import load_run_vae, to_pixels
+from mmdit.encoders.vae import latent_statistics, load_run_vae, load_vae, to_pixels
 from mmdit.train.__main__ import main, split_overrides
+from mmdit.train.trainer import build_sources, unusual_latents
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / "configs" / "train" / "quickstart.yaml")
@@ -160,14 +161,40 @@ def test_statistics_prints_the_lines_that_standardise_the_latents_of_the_data(co
     with torch.no_grad():
         latents = load_run_vae(config.encoders).encode(to_pixels(data.pixels(range(len(data)))))
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-3
-    # the posterior's own variance is in the scale and not in these means
-    assert (latents.std(dim=(0, 2, 3)) <= 1.001).all()
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
     assert main([QUICKSTART, "--encoders.latent_shift", "[0.1, 0.2]"]) == 2
     assert "latent_shift has 2 numbers, the VAE 'tiny' has 16" in capsys.readouterr().err
 
 
-def test_encoders_of_another_width_are_refused_before_they_encode_anything(config_file, tmp_path, capsys):
-    words = [config_file, "--model.in_channels", "16", "--out", str(tmp_path / "run"), "--quiet"]
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model.in_channels", "16"], "set --model.in_channels 4"),
+        (["--model.in_channels", "16", "--cache-only"], "set --model.in_channels 4"),
+        (["--encoders.latent_shift", "[0.1, 0.2]"], "latent_shift has 2 numbers"),
+    ],
+)
+def test_encoders_that_do_not_fit_are_refused_before_they_encode_anything(words, told, config_file, tmp_path, capsys):
+    words = [config_file, *words, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--quiet"]
     assert main(words) == 2
-    assert "set --model.in_channels 4" in capsys.readouterr().err
-    assert not list((tmp_path / "run").glob("cache/*"))
+    assert told in capsys.readouterr().err
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_missing_data_is_told_by_statistics_as_well(tmp_path, capsys):
+    emoji = str(ROOT / "configs" / "train" / "emoji.yaml")
+    assert main([emoji, "--statistics", "--data.path", str(tmp_path / "emoji.parquet")]) == 2
+    assert "build_emoji" in capsys.readouterr().err
+
+
+def test_latents_of_other_pictures_are_remarked_on(tmp_path, micro):
+    config = micro()
+    odd = micro({"encoders": {"latent_shift": 3.0, "latent_scale": 0.2}})
+    notes = [unusual_latents(build_sources(c, tmp_path, progress=False).train) for c in (config, odd)]
+    assert "cache.py CONFIG --statistics" in notes[1]
+    fitting = "latent_shift", "latent_scale"
+    shift, scale = latent_statistics(
+        load_vae(config.encoders.vae), [make_dataset(config.data, "train").pixels(range(20))]
+    )
+    best = micro({"encoders": dict(zip(fitting, (shift, scale), strict=True))})
+    assert unusual_latents(build_sources(best, tmp_path, progress=False).train) == ""

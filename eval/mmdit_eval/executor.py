@@ -1,0 +1,90 @@
+"""Runs the cells of a study as processes, some at a time; an interruption is passed on once and waited for.
+
+Two processes with one thread each train small denoisers faster than one after the other with two threads (on two
+cores 1.6 times: the kernels are too small to share).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+EXIT_INTERRUPTED = 75  # a training process that saved and wants the same command again
+
+
+def run_queue(
+    commands: Mapping[str, Sequence[str]],
+    workers: int,
+    begun: Callable[[str], None],
+    ended: Callable[[str, int], None],
+    *,
+    poll: float = 0.1,
+) -> bool:
+    """Run commands in their order, `workers` at a time; each gets its share of the cores.
+
+    Args:
+        commands: by name.
+        begun: told a name when its process starts.
+        ended: told a name and its exit code.
+        poll: seconds between two looks at the processes.
+
+    Returns:
+        Whether all were run. After Ctrl-C, or when a process says that it was interrupted, the others are asked once
+        to save, are waited for, and no new ones begin.
+    """
+    waiting, running = list(commands), dict[str, Any]()
+    stopped = False
+    while running or (waiting and not stopped):
+        try:
+            while waiting and len(running) < workers and not stopped:
+                name = waiting.pop(0)
+                taken = {int(process.place) for process in running.values()}
+                place = min(set(range(workers)) - taken)
+                begun(name)
+                running[name] = start(commands[name], environment(workers, place))
+                running[name].place = place
+            time.sleep(poll)
+            for name, process in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[name]
+                ended(name, code)
+                if code == EXIT_INTERRUPTED and not stopped:
+                    stopped = True
+                    ask_to_stop(running)
+        except KeyboardInterrupt:
+            if not stopped:
+                print("\nstopping: what is being trained saves its state ...", flush=True)
+                ask_to_stop(running)
+            stopped = True
+    return not waiting and not stopped
+
+
+def start(command: Sequence[str], environment: Mapping[str, str]) -> Any:
+    """Start a process in a session of its own.
+
+    The terminal's Ctrl-C would otherwise reach it twice, from the terminal and from us, and a second one means "at
+    once".
+    """
+    return subprocess.Popen(command, start_new_session=True, env=dict(environment))
+
+
+def ask_to_stop(running: Mapping[str, Any]) -> None:
+    """Send SIGINT to each process, once."""
+    for process in running.values():
+        process.send_signal(signal.SIGINT)
+
+
+def environment(workers: int, place: int) -> dict[str, str]:
+    """Return a process's environment: its share of the cores, and its line for the progress bar."""
+    own = dict(os.environ)
+    if workers > 1:
+        cores = len(os.sched_getaffinity(0))
+        own.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+        own.setdefault("TQDM_POSITION", str(place))
+    return own
