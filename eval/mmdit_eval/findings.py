@@ -254,12 +254,6 @@ def _difference(files: Files, first: str, second: str, score: str) -> list[str]:
     return [f"{first} minus {second} ({SPLITS[split]}), {scope}: {signed}{points} [{interval}]{ending}."]
 
 
-def same_items(files: Files) -> list[str]:
-    """Return the splits whose ceiling had to use the reference's own items, so that its distances are too small."""
-    splits = (files.ceiling or {}).get("splits", {})
-    return [split for split in splits if splits[split].get("details", {}).get("same_items_as_reference")]
-
-
 def ceiling_value(files: Files, split: str, score: str) -> float | None:
     found = ((files.ceiling or {}).get("splits", {}).get(split, {}).get("scores", {})).get(score)
     return None if found is None else float(found["value"])

@@ -69,7 +69,7 @@ class Drawn:
     """Pictures to be judged: `images[i]` was drawn for `prompts.captions[i]`.
 
     Attributes:
-        reference: the true pictures that distances refer to; for a run the same items as `prompts`.
+        reference: the true pictures that distances refer to; the same items as `prompts`.
         pipeline: the run itself, or None where the pictures are true ones.
     """
 

@@ -24,7 +24,6 @@ from mmdit_eval.findings import (  # fmt: skip
     cost_table,
     equal_budgets,
     read_study,
-    same_items,
     score_table,
     verdict,
 )
@@ -201,7 +200,6 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
         study_yaml=yaml.safe_dump(files.study, sort_keys=False, width=100),
         stamp=json.dumps((files.judged[0].result or {})["stamp"], indent=2, ensure_ascii=False) if files.judged else "",
         environment=_environment(files),
-        paired=[SPLITS[split] for split in same_items(files)],
         command=files.book.get("command", ""),
         started=files.book.get("started", ""),
     )

@@ -117,10 +117,16 @@ def test_the_ceiling_is_judged_like_a_run_and_kept(tmp_path, micro, monkeypatch)
     found = ceiling["splits"]["seen"]
     assert {"all_correct", "frechet"} <= set(found["scores"])
     assert "validation_loss" not in found["scores"]
-    assert found["details"]["same_items_as_reference"] is False
     assert all((tmp_path / file).is_file() for files in ceiling["samples"].values() for file in files)
     monkeypatch.setattr(suite, "measure", None)  # a second call must not come so far
     assert evaluate_ceiling(config, small(), out) == read_result(out)
+
+
+def test_behind_a_perfect_vae_the_ceiling_is_perfect_in_every_score(tmp_path, micro, monkeypatch):
+    monkeypatch.setattr(suite, "through_vae", lambda vae, images: images)
+    scores = evaluate_ceiling(micro(), small(), tmp_path / "ceiling.json")["splits"]["seen"]["scores"]
+    assert scores["all_correct"]["value"] == 1.0
+    assert scores["frechet"]["value"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_other_settings_give_a_stamp_that_is_refused_unless_the_study_varies_it(run):
