@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.config import CrossDiTConfig
-from mmdit.denoiser import Conditioning, attention_records, check_inputs, skipped_layers
+from mmdit.denoiser import Conditioning, attention_records, skipped_layers
 from mmdit.models.layers import (
     MLP,
     FinalLayer,
@@ -22,6 +22,7 @@ from mmdit.models.layers import (
     PatchEmbed,
     RMSNorm,
     VectorEmbedder,
+    admit,
     attention,
     attention_weights,
     initialize,
@@ -66,26 +67,10 @@ class CrossDiT(nn.Module):
         """Predict, adding `residuals` (each [B, N, D]) to the image tokens after the blocks, spread evenly.
 
         Raises:
-            ValueError: the inputs do not fit this model; see `check_inputs`; or `conditioning.negative` is given.
+            ValueError: the inputs do not fit this model; see `admit`.
         """
         config, P = self.config, self.config.patch_size
-        check_inputs(
-            latents,
-            timestep,
-            conditioning,
-            in_channels=config.in_channels,
-            context_dim=config.context_dim,
-            pooled_dim=config.pooled_dim,
-            multiple=P,
-            max_size=config.pos_embed_max_size * P,
-        )
-        if conditioning.negative is not None:
-            raise ValueError(
-                "conditioning.negative (attention-space guidance) is not read by the crossdit; "
-                "give the negative prompt to classifier-free guidance as null_conditioning"
-            )
-        if conditioning.spatial is not None:
-            latents = torch.cat([latents, conditioning.spatial.to(latents.dtype)], dim=1)
+        latents = admit(config, latents, timestep, conditioning, P, config.pos_embed_max_size * P)
         rows, columns = latents.shape[2] // P, latents.shape[3] // P
         skipped, records = skipped_layers(self), attention_records(self)
 

@@ -13,8 +13,50 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmdit.config import CrossDiTConfig, MMDiTConfig, UNetConfig
+from mmdit.denoiser import Conditioning, check_inputs
+
 NORM_EPS = 1e-6  # of every norm here, as in the releases; PyTorch's own default is 1e-5
 PLAIN_ATTENTION_BELOW = 128  # keys; on CPU two GEMMs and a softmax beat the flash kernel for short sequences
+
+
+def admit(
+    config: MMDiTConfig | CrossDiTConfig | UNetConfig,
+    latents: Tensor,
+    timestep: Tensor,
+    conditioning: Conditioning,
+    multiple: int,
+    max_size: int | None = None,
+) -> Tensor:
+    """Refuse inputs that do not fit a backbone, and return its latents with `spatial` behind them.
+
+    Args:
+        latents: [B, C, H, W]; H and W multiples of `multiple` and at most `max_size`.
+
+    Returns:
+        [B, in_channels, H, W].
+
+    Raises:
+        ValueError: see `check_inputs`; or `conditioning.negative` is given.
+    """
+    check_inputs(
+        latents,
+        timestep,
+        conditioning,
+        in_channels=config.in_channels,
+        context_dim=config.context_dim,
+        pooled_dim=config.pooled_dim,
+        multiple=multiple,
+        max_size=max_size,
+    )
+    if conditioning.negative is not None:
+        raise ValueError(
+            f"conditioning.negative (attention-space guidance) is not read by the {config.name}; "
+            "give the negative prompt to classifier-free guidance as null_conditioning"
+        )
+    if conditioning.spatial is None:
+        return latents
+    return torch.cat([latents, conditioning.spatial.to(latents.dtype)], dim=1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

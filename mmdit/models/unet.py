@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdit.config import UNetConfig
-from mmdit.denoiser import Conditioning, attention_records, check_inputs, skipped_layers
-from mmdit.models.layers import attention, attention_weights, merge_heads, timestep_embedding
+from mmdit.denoiser import Conditioning, attention_records, skipped_layers
+from mmdit.models.layers import admit, attention, attention_weights, merge_heads, timestep_embedding
 
 
 class Text(NamedTuple):
@@ -327,22 +327,7 @@ class UNet(nn.Module):
                 arXiv:2302.05543, Section 3.2.
         """
         config = self.config
-        check_inputs(
-            latents,
-            timestep,
-            conditioning,
-            in_channels=config.in_channels,
-            context_dim=config.context_dim,
-            pooled_dim=config.pooled_dim,
-            multiple=2 ** (len(config.channel_mult) - 1),
-        )
-        if conditioning.negative is not None:
-            raise ValueError(
-                "conditioning.negative (attention-space guidance) is not read by the unet; "
-                "give the negative prompt to classifier-free guidance as null_conditioning"
-            )
-        if conditioning.spatial is not None:
-            latents = torch.cat([latents, conditioning.spatial.to(latents.dtype)], dim=1)
+        latents = admit(config, latents, timestep, conditioning, 2 ** (len(config.channel_mult) - 1))
         if residuals is not None and len(residuals) != len(self.input_blocks) + 1:
             raise ValueError(
                 f"residuals must be {len(self.input_blocks) + 1} tensors (one per input block, one for the middle), "
@@ -377,7 +362,7 @@ class UNet(nn.Module):
         embedding = timestep_embedding(timestep, self.config.model_channels)  # float32 [B, model_channels]
         time = self.time_embed(embedding.to(self.time_embed[0].weight.dtype))
         if self.config.pooled_dim is not None:
-            assert pooled is not None  # check_inputs saw to it
+            assert pooled is not None  # `admit` saw to it
             time = time + self.label_emb(pooled.to(time.dtype))
         return time
 
