@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmdit.config import ShapesConfig
+from mmdit.config import ShapesConfig, load_config
 from mmdit.data import make_dataset
 from mmdit.data.captions import article, count_words
 from mmdit.data.shapes import (
@@ -23,6 +24,8 @@ from mmdit.data.shapes import (
     render,
     spacing_of,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def looks(scene: Scene) -> list[tuple[str, str]]:
@@ -67,6 +70,13 @@ def test_no_held_out_picture_occurs_in_training():
     }
     for scene in heldout.scenes(range(2000)):
         assert frozenset((o.colour, o.shape, o.x, o.y, o.radius) for o in scene.objects) not in shown
+
+
+def test_the_quickstart_has_some_32_000_different_scenes():
+    config = load_config(ROOT / "configs/train/quickstart.yaml").data
+    scenes = (draw_scene(config.seed, i, "train", config.max_objects) for i in range(config.num_images))
+    different = {frozenset((o.colour, o.shape, o.x, o.y, o.radius) for o in scene.objects) for scene in scenes}
+    assert len(different) == 32_499
 
 
 def test_few_pictures_of_different_splits_are_equal():
