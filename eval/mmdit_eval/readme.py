@@ -60,9 +60,9 @@ def store_study(folder: str | Path, results: str | Path) -> Path:
 def results_block(results: str | Path) -> str:
     """Return the Markdown between the markers: one picture, then one table a study, in alphabetical order."""
     files = sorted(Path(results).glob("*/summary.json"))
-    pictures = [picture for file in files if (picture := file.parent / "grid-seen.png").is_file()]
-    words = "True pictures, the same through the VAE, and what each row drew from the same prompts and noise"
-    parts = [f"![{words}]({picture.as_posix()})" for picture in pictures[-1:]]
+    pictures = [picture for file in files if (picture := file.parent / "grid-heldout.png").is_file()]
+    words = "Held-out combinations: true, through the VAE, and as each row drew them from the same prompts and noise"
+    parts = [f"![{words}]({picture.as_posix()})" for picture in pictures[:1]]
     for file in files:
         parts.append(study_block(json.loads(file.read_text(encoding="utf-8")), file.parent))
     return "\n\n".join(parts) if parts else "No study has been stored under `results/` yet."
@@ -79,7 +79,7 @@ def study_block(summary: Mapping[str, Any], folder: Path) -> str:
     for split in splits:
         lines.append(f"{'Seen' if split == 'seen' else 'Held-out'} combinations:")
         lines += ["", "| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-        for row in [*rows, "ceiling"]:
+        for row in [*rows, "ceiling", "chance"]:
             found = scores.get(row, {}).get(split, {})
             if not found:
                 continue

@@ -37,6 +37,17 @@ def test_the_table_holds_values_intervals_costs_and_the_warning(tmp_path):
     assert block.count("| mmdit |") == 2
 
 
+def test_one_picture_stands_above_the_tables(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({**summary(), "study": name}))
+        (tmp_path / name / "grid-heldout.png").write_bytes(b"png")
+    block = results_block(tmp_path)
+    assert block.startswith("![Held-out combinations")
+    assert block.count("![") == 1
+    assert f"({(tmp_path / 'first' / 'grid-heldout.png').as_posix()})" in block
+
+
 def test_only_what_stands_between_the_markers_changes_and_twice_changes_nothing():
     text = f"before\n{START}\nold\n{END}\nafter\n"
     once = rewrite(text, "new")
