@@ -1,6 +1,7 @@
 """Judge a run: python scripts/evaluate.py runs/mine [--suite configs/eval/quickstart.yaml] [--num_images 512 ...].
 
-Writes runs/mine/eval/<suite>-<images_seen>.json, prints its scores, and keeps a result that is there already.
+Writes runs/mine/eval/<suite>-<images_seen>.json, prints its scores, and keeps a result that is there already. With
+overrides the suite is called custom-<suite>, unless --name says otherwise: a study's own results stay as they are.
 """
 
 import argparse
@@ -21,6 +22,8 @@ def main() -> int:
     try:
         tree = parse_overrides(overrides)
         suite = load_suite(arguments.suite, overrides) if arguments.suite else validate(SuiteConfig, tree, "overrides")
+        if tree and "name" not in tree:
+            suite = suite.model_copy(update={"name": f"custom-{suite.name}"})
         if not (arguments.run / "config.yaml").is_file():
             raise FileNotFoundError(f"{arguments.run} is no run folder: it has no config.yaml; give runs/<study>/<run>")
         from mmdit_eval.report import print_result

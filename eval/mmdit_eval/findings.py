@@ -114,7 +114,8 @@ def _read_cell(folder: Path, entry: Mapping[str, Any], suite: Mapping[str, Any])
     cell.result = results[-1]
     clock = sorted({(r["images_seen"], r["seconds"]) for r in cell.log if "seconds" in r and "images_seen" in r})
     for result in results:
-        splits = result["prefix"] or result["splits"]  # the final one on as many pictures as the earlier ones
+        # the final one on as many pictures as the earlier ones; a split smaller than that was judged whole each time
+        splits = {**result["splits"], **result["prefix"]}
         seconds = _interpolate(result["images_seen"], clock) if clock else float("nan")
         cell.points.append((result["images_seen"], seconds, splits))
     return cell

@@ -195,6 +195,7 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
         budgets=equal_budgets(files),
         figures=figures(files, colours) if drawn is None else drawn,
         grids=grids(files),
+        counts=_counts(files),
         failed=[cell for cell in files.cells if cell.result is None or cell.status == "failed"],
         suite=files.study["suite"],
         study_yaml=yaml.safe_dump(files.study, sort_keys=False, width=100),
@@ -203,6 +204,15 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
         command=files.book.get("command", ""),
         started=files.book.get("started", ""),
     )
+
+
+def _counts(files: Files) -> str:
+    """Say on how many pictures the scores stand: "256 pictures a split", or one number a split where they differ."""
+    splits = (files.judged[0].result or {})["splits"] if files.judged else {}
+    numbers = {split: found["num_images"] for split, found in splits.items()}
+    if len(set(numbers.values())) <= 1:
+        return f"{next(iter(numbers.values()), 0)} pictures a split"
+    return ", ".join(f"{number} pictures of {SPLITS[split]}" for split, number in numbers.items())
 
 
 def _environment(files: Files) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A suite on a micro run: what is stored, what is skipped, what is refused."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from mmdit.checkpoint import save_checkpoint, tensors_of
 from mmdit.config import SamplingConfig, SuiteConfig
 from mmdit.models import build_denoiser
 
+ROOT = Path(__file__).resolve().parents[2]
 METRICS = ("composition", "frechet", "kernel", "validation_loss")
 
 
@@ -142,3 +145,20 @@ def test_other_settings_give_a_stamp_that_is_refused_unless_the_study_varies_it(
 def test_raw_and_averaged_weights_are_told_apart(run):
     stamps = [evaluate_run(run, small(name=w, weights=w), say=silent)["stamp"]["protocol"] for w in ("ema", "raw")]
     assert [stamp["weights"] for stamp in stamps] == ["ema", "raw"]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [([], "quickstart"), (["--num_images", "64"], "custom-quickstart"), (["--num_images", "64", "--name", "a"], "a")],
+)
+def test_judging_with_other_settings_leaves_a_studys_results_alone(tmp_path, monkeypatch, words, name):
+    judged = []
+    monkeypatch.setattr(suite, "evaluate_run", lambda run, suite, checkpoint: judged.append(suite.name))
+    monkeypatch.setattr("mmdit_eval.report.print_result", lambda result: None)
+    (tmp_path / "config.yaml").write_text("{}")
+    command = ["evaluate.py", str(tmp_path), "--suite", str(ROOT / "configs/eval/quickstart.yaml"), *words]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="__main__")
+    assert ended.value.code == 0
+    assert judged == [name]

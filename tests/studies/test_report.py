@@ -143,6 +143,21 @@ def test_a_finished_study_is_stored_without_weights_and_replaces_what_was_there(
     assert (out / "summary.json").is_file()
 
 
+def test_a_split_smaller_than_a_snapshot_keeps_its_last_point_and_its_own_count(study):
+    for file in study.glob("*/eval/tiny-000000003000.json"):  # as where there are few held-out combinations
+        result = json.loads(file.read_text())
+        del result["prefix"]["heldout"]
+        result["splits"]["heldout"]["num_images"] = 12
+        file.write_text(json.dumps(result))
+    files = read_study(study)
+    assert [images for images, _, splits in files.judged[0].points if "heldout" in splits] == [1000, 2000, 3000]
+    page = html(files)
+    assert "40 pictures of seen combinations, 12 pictures of held-out combinations" in page
+    values = [line["values"]["heldout.all_correct"] for table in equal_budgets(files) for line in table["rows"]]
+    assert len(values) == 4
+    assert None not in values
+
+
 def test_prompts_are_escaped(study):
     page = html(read_study(study))
     assert "a &lt;b&gt;blue&lt;/b&gt; star &amp; more" in page
