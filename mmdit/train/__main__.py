@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mmdit.config import ConfigError, RunConfig, load_config
+from mmdit.config import ConfigError, load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +86,14 @@ def main(words: Sequence[str] | None = None) -> int:
 
         print(describe(config))
         return 0
+    from mmdit.train.sources import build_sources, measure_statistics
     from mmdit.train.step import NonFiniteLossError
-    from mmdit.train.trainer import EXIT_INTERRUPTED, build_sources, train
+    from mmdit.train.trainer import EXIT_INTERRUPTED, train
 
     try:
         if arguments.statistics:
-            print_statistics(config)
+            shift, scale = measure_statistics(config)
+            print(f"latent_shift: {list(shift)}\nlatent_scale: {list(scale)}")
             return 0
         if arguments.cache_only:
             build_sources(config, run_dir, progress=not arguments.quiet)
@@ -115,20 +117,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     print(f"done: {result.images_seen:,} images in {result.seconds:,.0f} s of training; {result.checkpoint}")
     return 0
-
-
-def print_statistics(config: RunConfig, most: int = 4_096, batch: int = 64) -> None:
-    """Print the lines of YAML that bring each channel of the data's latents to mean 0 and deviation 1."""
-    import numpy as np
-
-    from mmdit.data import make_dataset
-    from mmdit.encoders.vae import latent_statistics, load_vae
-
-    data = make_dataset(config.data, "train")
-    items = np.linspace(0, len(data) - 1, min(most, len(data))).round().astype(int)  # files may be sorted by content
-    batches = (data.pixels(items[i : i + batch]) for i in range(0, len(items), batch))
-    shift, scale = latent_statistics(load_vae(config.encoders.vae), batches)
-    print(f"latent_shift: {list(shift)}\nlatent_scale: {list(scale)}")
 
 
 if __name__ == "__main__":

@@ -37,23 +37,21 @@ from mmdit.checkpoint import (
     tensors_of,
 )
 from mmdit.config import ConfigError, RunConfig, differences, load_config, to_tree, to_yaml
-from mmdit.data import make_dataset
-from mmdit.data.cache import LiveBatches, precompute
 from mmdit.denoiser import unwrap
 from mmdit.diffusion import Schedule, build_schedule, equidistant_levels, loss_by_level
 from mmdit.encoders.text import TextEncoders
 from mmdit.encoders.vae import AutoencoderKL
 from mmdit.models import build_denoiser
-from mmdit.pipeline import Stopped, TextToImage, configure_cpu, image_grid, load_encoders, save_image
+from mmdit.pipeline import Stopped, TextToImage, configure_cpu, image_grid, save_image
 from mmdit.train.ema import EMA
 from mmdit.train.optim import build_optimizer, load_optimizer, lr_at, optimizer_tensors, set_lr
+from mmdit.train.sources import build_sources
 from mmdit.train.step import BatchDrawer, NonFiniteLossError, Prefetcher, micro_positions, update
 from mmdit.train.tracking import Metrics, write_environment
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
 VALIDATION_SEED = 0  # one noise for all runs and seeds, so that their validation losses compare
 SAMPLE_SEED = 0
-SAMPLE_PROMPTS = 16
 
 # what may change between the sessions of one run: nothing here alters an update already made
 RESUMABLE = (
@@ -249,77 +247,6 @@ def open_run(config: RunConfig, run_dir: Path, resume: str, main: bool) -> Check
         temporary.write_text(to_yaml(config), encoding="utf-8")
         temporary.replace(stored)
     return checkpoint
-
-
-class Sources(NamedTuple):
-    """Frozen encoders, and what they made of the data."""
-
-    vae: AutoencoderKL
-    text: TextEncoders
-    train: Any
-    validation: Any
-    prompts: list[str]
-
-
-def build_sources(
-    config: RunConfig, run_dir: Path, device: torch.device | str = "cpu", progress: bool = True
-) -> Sources:
-    """Load encoders and data; encode them once where `train.precompute` says so."""
-    vae, text = load_encoders(config)
-    check_widths(config, vae, text)
-    vae, text = vae.to(device), text.to(device)
-    train, precision = config.train, config.train.precision
-    datasets = {split: make_dataset(config.data, split) for split in ("train", "val")}
-    made: dict[str, Any] = {}
-    for split, dataset in datasets.items():
-        count = train.val_images if split == "val" else None
-        if train.precompute:
-            made[split] = precompute(
-                dataset, vae, text, config.encoders, cache_dir=train.cache_dir or run_dir / "cache", count=count,
-                precision=precision, progress=progress, label=f"encoding {split}",
-            )  # fmt: skip
-        else:
-            made[split] = LiveBatches(dataset, vae, text, config.encoders, precision=precision, count=count)
-    if progress and (odd := unusual_latents(made["train"])):
-        print(odd, flush=True)
-    first = np.arange(min(SAMPLE_PROMPTS, len(datasets["val"])))
-    prompts = list(train.sample_prompts) or datasets["val"].captions(first)
-    return Sources(vae, text, made["train"], made["val"], prompts)
-
-
-def unusual_latents(source: Any, images: int = 256) -> str:
-    """Say in words where the latents of a run are far from mean 0 and deviation 1; "" where they are near.
-
-    A shift and scale measured on other pictures is the usual cause; the run works and learns more slowly.
-    """
-    chosen = np.linspace(0, len(source) - 1, min(images, len(source))).round().astype(int)
-    latents = source.batch(chosen)[0].double()
-    mean = float(latents.mean(dim=(0, 2, 3)).square().mean().sqrt())
-    std = float(latents.var(dim=(0, 2, 3)).mean().sqrt())
-    if mean <= 0.5 and 0.6 <= std <= 1.6:
-        return ""
-    return (
-        f"note: the channels of this run's latents have means of {mean:.2f} (root mean square) and a deviation of "
-        f"{std:.2f} instead of 0 and 1; training is faster with the encoders.latent_shift and latent_scale that "
-        f"`python scripts/cache.py CONFIG --statistics` prints"
-    )
-
-
-def check_widths(config: RunConfig, vae: AutoencoderKL, text: TextEncoders) -> None:
-    """Refuse encoders that do not fit the denoiser, before hours go into encoding; the config knows only the tiny ones.
-
-    Raises:
-        ConfigError: the widths that differ, and the overrides that would fit.
-    """
-    channels, model = vae.config.latent_channels, config.model
-    wanted = {"in_channels": channels, "out_channels": channels, "context_dim": text.context_dim}
-    if model.pooled_dim is not None:
-        wanted["pooled_dim"] = text.pooled_dim
-    wrong = {name: value for name, value in wanted.items() if getattr(model, name) != value}
-    if wrong:
-        given = ", ".join(f"model.{name} is {getattr(model, name)}" for name in wrong)
-        fitting = " ".join(f"--model.{name} {value}" for name, value in wrong.items())
-        raise ConfigError(f"{given}, but the encoders of this run give others; set {fitting}")
 
 
 def build_run(config: RunConfig, run_dir: Path, accelerator: Accelerator, progress: bool) -> Run:

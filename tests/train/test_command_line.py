@@ -13,7 +13,7 @@ from mmdit.config import load_config, to_yaml
 from mmdit.data import make_dataset
 from mmdit.encoders.vae import latent_statistics, load_run_vae, load_vae, to_pixels
 from mmdit.train.__main__ import main, split_overrides
-from mmdit.train.trainer import build_sources, unusual_latents
+from mmdit.train.sources import build_sources, unusual_latents
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = str(ROOT / "configs" / "train" / "quickstart.yaml")

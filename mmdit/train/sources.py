@@ -1,0 +1,103 @@
+"""What a run learns from: its frozen encoders, and the data as they encode it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mmdit.config import ConfigError, RunConfig
+from mmdit.data import make_dataset
+from mmdit.data.cache import LiveBatches, precompute
+from mmdit.encoders.text import TextEncoders
+from mmdit.encoders.vae import AutoencoderKL, latent_statistics, load_vae
+from mmdit.pipeline import load_encoders
+
+SAMPLE_PROMPTS = 16
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """Return at most `most` of `count` indices, evenly spaced, since files may be sorted by content: int64 [K]."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
+
+
+class Sources(NamedTuple):
+    """Frozen encoders, and what they made of the data."""
+
+    vae: AutoencoderKL
+    text: TextEncoders
+    train: Any
+    validation: Any
+    prompts: list[str]
+
+
+def build_sources(
+    config: RunConfig, run_dir: Path, device: torch.device | str = "cpu", progress: bool = True
+) -> Sources:
+    """Load encoders and data; encode them once where `train.precompute` says so."""
+    vae, text = load_encoders(config)
+    check_widths(config, vae, text)
+    vae, text = vae.to(device), text.to(device)
+    train, precision = config.train, config.train.precision
+    datasets = {split: make_dataset(config.data, split) for split in ("train", "val")}
+    made: dict[str, Any] = {}
+    for split, dataset in datasets.items():
+        count = train.val_images if split == "val" else None
+        if train.precompute:
+            made[split] = precompute(
+                dataset, vae, text, config.encoders, cache_dir=train.cache_dir or run_dir / "cache", count=count,
+                precision=precision, progress=progress, label=f"encoding {split}",
+            )  # fmt: skip
+        else:
+            made[split] = LiveBatches(dataset, vae, text, config.encoders, precision=precision, count=count)
+    if train.precompute and progress and (odd := unusual_latents(made["train"])):
+        print(odd, flush=True)
+    first = np.arange(min(SAMPLE_PROMPTS, len(datasets["val"])))
+    prompts = list(train.sample_prompts) or datasets["val"].captions(first)
+    return Sources(vae, text, made["train"], made["val"], prompts)
+
+
+def unusual_latents(source: Any, images: int = 256) -> str:
+    """Say in words where the latents of a run are far from mean 0 and deviation 1; "" where they are near.
+
+    A shift and scale measured on other pictures is the usual cause; the run works and learns more slowly.
+    """
+    latents = source.batch(evenly(len(source), images))[0].double()
+    mean = float(latents.mean(dim=(0, 2, 3)).square().mean().sqrt())
+    std = float(latents.var(dim=(0, 2, 3)).mean().sqrt())
+    if mean <= 0.5 and 0.6 <= std <= 1.6:
+        return ""
+    return (
+        f"note: the channels of this run's latents have means of {mean:.2f} (root mean square) and a deviation of "
+        f"{std:.2f} instead of 0 and 1; training is faster with the encoders.latent_shift and latent_scale that "
+        f"`python scripts/cache.py CONFIG --statistics` prints"
+    )
+
+
+def check_widths(config: RunConfig, vae: AutoencoderKL, text: TextEncoders) -> None:
+    """Refuse encoders that do not fit the denoiser, before hours go into encoding; the config knows only the tiny ones.
+
+    Raises:
+        ConfigError: the widths that differ, and the overrides that would fit.
+    """
+    channels, model = vae.config.latent_channels, config.model
+    wanted = {"in_channels": channels, "out_channels": channels, "context_dim": text.context_dim}
+    if model.pooled_dim is not None:
+        wanted["pooled_dim"] = text.pooled_dim
+    wrong = {name: value for name, value in wanted.items() if getattr(model, name) != value}
+    if wrong:
+        given = ", ".join(f"model.{name} is {getattr(model, name)}" for name in wrong)
+        fitting = " ".join(f"--model.{name} {value}" for name, value in wrong.items())
+        raise ConfigError(f"{given}, but the encoders of this run give others; set {fitting}")
+
+
+def measure_statistics(
+    config: RunConfig, most: int = 4_096, batch: int = 64
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the latent_shift and latent_scale that bring each channel of the data's latents to mean 0, deviation 1."""
+    data = make_dataset(config.data, "train")
+    items = evenly(len(data), most)
+    batches = (data.pixels(items[i : i + batch]) for i in range(0, len(items), batch))
+    return latent_statistics(load_vae(config.encoders.vae), batches)
