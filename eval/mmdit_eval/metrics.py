@@ -66,15 +66,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures to be judged: `images[i]` was drawn for `prompts.captions[i]`.
+    """Pictures to be judged: `images[i]` was drawn for `reference.captions[i]`.
 
     Attributes:
-        reference: the true pictures that distances refer to; the same items as `prompts`.
+        reference: the true pictures, which distances refer to, and their captions.
         pipeline: the run itself, or None where the pictures are true ones.
     """
 
     images: np.ndarray
-    prompts: Reference
     reference: Reference
     suite: SuiteConfig
     pipeline: TextToImage | None = None
@@ -115,9 +114,9 @@ def _composition(drawn: Drawn) -> Measured:
     from mmdit_eval.composition import METRICS as ATTRIBUTES
     from mmdit_eval.composition import score_composition
 
-    prompts = drawn.prompts
-    long_form = [prompts.dataset.long_form(int(i)) for i in prompts.indices]
-    result = score_composition(drawn.images, prompts.dataset.scenes(prompts.indices), long_form)
+    reference = drawn.reference
+    long_form = [reference.dataset.long_form(int(i)) for i in reference.indices]
+    result = score_composition(drawn.images, reference.dataset.scenes(reference.indices), long_form)
     scores, per_image = {}, {}
     for name in ATTRIBUTES:
         values = [None if image[name] is None else float(image[name]) for image in result["per_image"]]
@@ -132,7 +131,7 @@ def _composition(drawn: Drawn) -> Measured:
 def _clip_score(drawn: Drawn) -> Measured:
     """Score each picture against its own prompt by the tiny CLIP."""
     clip = tiny_clip()
-    images, text = clip.image_embeds(drawn.images), clip.text_embeds(drawn.prompts.captions)
+    images, text = clip.image_embeds(drawn.images), clip.text_embeds(drawn.reference.captions)
     values = clip_scores(images.double().cpu().numpy(), text.double().cpu().numpy())
     return Measured({"clip_score": mean_interval(values)}, {"clip_score": [round(float(v), 4) for v in values]})
 
@@ -164,11 +163,11 @@ def _validation_loss(drawn: Drawn) -> Measured:
         torch.inference_mode(),
         torch.autocast(device.type, dtype=torch.bfloat16, enabled=pipeline.precision == "bf16"),
     ):
-        for start in range(0, len(drawn.prompts.indices), drawn.suite.batch_size):
+        for start in range(0, len(drawn.reference.indices), drawn.suite.batch_size):
             rows = slice(start, start + drawn.suite.batch_size)
-            latents = pipeline.vae.encode(to_pixels(drawn.prompts.images[rows]).to(device)).float()
-            conditioning = pipeline.encode(drawn.prompts.captions[rows]).to(device)
-            noise = rng.normal(drawn.suite.seed, "val_noise", drawn.prompts.indices[rows].tolist(), latents.shape[1:])
+            latents = pipeline.vae.encode(to_pixels(drawn.reference.images[rows]).to(device)).float()
+            conditioning = pipeline.encode(drawn.reference.captions[rows]).to(device)
+            noise = rng.normal(drawn.suite.seed, "val_noise", drawn.reference.indices[rows].tolist(), latents.shape[1:])
             losses.append(
                 loss_by_level(
                     pipeline.denoiser,
@@ -200,9 +199,9 @@ def _retrieval(drawn: Drawn) -> Measured:
     """Ask the judge whether each emoji is nearer to its own true picture than to its relatives."""
     from mmdit_eval.judge import judge, retrieval_scores
 
-    dataset = drawn.prompts.dataset
+    dataset = drawn.reference.dataset
     bank = _emoji_bank(dataset.config.model_dump_json())
-    result = retrieval_scores(drawn.images, dataset.records(drawn.prompts.indices), bank, judge())
+    result = retrieval_scores(drawn.images, dataset.records(drawn.reference.indices), bank, judge())
     measured = Measured()
     for question, found in result.items():
         if not found["n"]:

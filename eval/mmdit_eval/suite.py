@@ -107,10 +107,10 @@ def evaluate_run(
         images = draw(pipeline, reference, suite)
         drawing += time.perf_counter() - begun
         begun = time.perf_counter()
-        splits[split] = measure(Drawn(images, reference, reference, suite, pipeline))
+        splits[split] = measure(Drawn(images, reference, suite, pipeline))
         if 0 < suite.snapshot_images < len(images):  # for curves: distances depend on N, so all their points share one
             part = reference.head(suite.snapshot_images)
-            prefix[split] = measure(Drawn(images[: suite.snapshot_images], part, part, suite, pipeline))
+            prefix[split] = measure(Drawn(images[: suite.snapshot_images], part, suite, pipeline))
         scoring += time.perf_counter() - begun
         for i in range(min(suite.grid_prompts, len(images))):
             file = Path("samples") / f"{suite.name}-{path.name}" / f"{split}-{i:03d}.png"
@@ -192,7 +192,7 @@ def evaluate_ceiling(
                 for i in range(0, len(reference.images), suite.batch_size)
             ]
         )
-        splits[split] = measure(Drawn(images, reference, reference, suite))
+        splits[split] = measure(Drawn(images, reference, suite))
         shown = reference.images[: suite.grid_prompts]
         for kind, pictures in (("true", shown), ("ceiling", through_vae(vae, shown))):
             for i, picture in enumerate(pictures):

@@ -39,7 +39,7 @@ def reference(extractor="pixel_statistics", count=COUNT, batch_size=128):
 
 def drawn(pictures, **fields):
     true = reference(batch_size=fields.pop("batch_size", 128))
-    return Drawn(pictures, true, true, SuiteConfig(extractor="pixel_statistics", batch_size=true.batch_size, **fields))
+    return Drawn(pictures, true, SuiteConfig(extractor="pixel_statistics", batch_size=true.batch_size, **fields))
 
 
 @pytest.mark.parametrize("name", EXTRACTORS)
@@ -157,11 +157,11 @@ def test_retrieval_asks_the_judge_about_each_emoji_and_states_chance(monkeypatch
     pictures[:, 0, 0, 0] = rows
     extractor = load_extractor("pixel_statistics")
     prompts = Reference("seen", dataset, rows, [r.caption for r in records], pictures, extractor)
-    right = METRICS["retrieval"].function(Drawn(pictures, prompts, prompts, SuiteConfig()))
+    right = METRICS["retrieval"].function(Drawn(pictures, prompts, SuiteConfig()))
     assert {name: value["value"] for name, value in right.scores.items()} == {"same_base": 1.0, "same_tone": 1.0}
     assert right.chance["same_tone"] == pytest.approx(1 / 2)
     assert right.per_image["same_base"][3] is None  # no tone, nothing to ask
     shifted = pictures.copy()
     shifted[:, 0, 0, 0] = [1, 2, 0, 3, 5, 6, 4, 7]
-    wrong = METRICS["retrieval"].function(Drawn(shifted, prompts, prompts, SuiteConfig()))
+    wrong = METRICS["retrieval"].function(Drawn(shifted, prompts, SuiteConfig()))
     assert wrong.scores["same_base"]["value"] == 0.0
