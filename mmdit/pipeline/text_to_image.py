@@ -10,17 +10,13 @@ machine; padding that a longer neighbour brings into its batch is masked.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mmdit import rng
 from mmdit.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
@@ -30,7 +26,7 @@ from mmdit.diffusion import Schedule, build_schedule
 from mmdit.encoders.text import TextEncoders, apply_padding, load_text_encoders
 from mmdit.encoders.vae import AutoencoderKL, load_run_vae, to_images
 from mmdit.models import build_denoiser
-from mmdit.registry import lookup, unknown
+from mmdit.registry import lookup
 from mmdit.sampling import GRIDS, SAMPLERS, guided_denoise, sampler_options
 
 WEIGHTS = {"ema": "ema", "raw": "model"}  # which file of a checkpoint
@@ -295,49 +291,6 @@ class TextToImage:
         return {**self.sampling.model_dump(), "precision": self.precision, **self.provenance, **given}
 
 
-def sample_to_folder(
-    run: Path,
-    prompt: Sequence[str],
-    negative: str | None = None,
-    seed: int = 0,
-    num_images: int = 1,
-    steps: int | None = None,
-    sampler: str | None = None,
-    guidance: float | None = None,
-    size: int | None = None,
-    weights: str = "ema",
-    out: Path = Path("samples"),
-) -> int:
-    """Draw `num_images` images of each prompt into a folder, settings in each PNG: what scripts/sample.py does.
-
-    Returns:
-        Exit code: 0; 2 for a run, name or size that is not there (the message is on stderr); 3 for a bad checkpoint.
-    """
-    if sampler is not None and sampler not in SAMPLERS:  # before anything is loaded
-        print(unknown("sampler", sampler, SAMPLERS), file=sys.stderr)
-        return 2
-    try:
-        configure_cpu()
-        pipeline = TextToImage.load(run, weights)
-        prompts = [text for text in prompt for _ in range(num_images)]
-        options = {"seed": seed, "num_steps": steps, "sampler": sampler, "guidance_scale": guidance, "size": size}
-        with tqdm(total=len(prompts), unit=" images") as bar:
-            images = pipeline(prompts, negative, progress=bar.update, **options)
-    except (FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return 3
-    for index, (text, image) in enumerate(zip(prompts, images, strict=True)):
-        settings = pipeline.settings(prompt=text, negative_prompt=negative, index=index, **options)
-        save_image(image, out / f"{index:05d}.png", settings)
-    if len(images) > 1:
-        save_image(image_grid(images), out / "grid.png", pipeline.settings(prompts=list(prompt), **options))
-    print(f"{len(images)} image(s) in {out}")
-    return 0
-
-
 def load_encoders(
     config: RunConfig, *, vae: AutoencoderKL | None = None, text: TextEncoders | None = None
 ) -> tuple[AutoencoderKL, TextEncoders]:
@@ -352,54 +305,3 @@ def checkpoint_hash(path: Path, stem: str = "ema") -> str:
     """Return the SHA-256 of a checkpoint's weights, as its manifest gives it."""
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     return str(manifest["files"][f"{stem}.safetensors"]["sha256"])
-
-
-def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """Turn images uint8 [B, R, R, 3] into Pillow images."""
-    return [Image.fromarray(image) for image in images]
-
-
-def save_image(image: np.ndarray, path: str | Path, settings: dict[str, Any] | None = None) -> None:
-    """Write one image uint8 [R, R, 3] as PNG; `settings` go into its metadata, one text entry each."""
-    notes = PngImagePlugin.PngInfo()
-    for key, value in (settings or {}).items():
-        notes.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path, format="PNG", pnginfo=notes)
-
-
-def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Lay images uint8 [B, R, R, 3] side by side: one picture, with 2 pixels of white between them."""
-    columns = columns or int(np.ceil(np.sqrt(len(images))))
-    rows, gap = -(-len(images) // columns), 2
-    _, height, width, _ = images.shape
-    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = image
-    return canvas
-
-
-def configure_cpu() -> dict[str, Any]:
-    """Choose threads and the matrix multiplication of this machine; return what was chosen.
-
-    Threads: OMP_NUM_THREADS where it is set, else the cores this process may use. On CPUs where MKL is slow (AMD),
-    "medium" routes float32 products through oneDNN, twice as fast; on others the same word may mean bfloat16, so the
-    error of one product against float64 is measured first, and only true float32 is accepted.
-    """
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // local))
-    torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
-    exact = a.double() @ b.double()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    error = float(((a @ b).double() - exact).norm() / exact.norm())
-    if error > 2e-6:
-        torch.set_float32_matmul_precision(before)
-    return {
-        "threads": threads,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "gemm_relative_error_medium": error,
-    }
