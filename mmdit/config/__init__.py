@@ -7,12 +7,12 @@ the same message wherever it stands: the file, the dotted path, the nearest vali
 torch: a wrong config is refused in a fraction of a second.
 """
 
+from mmdit.config.backbones import CrossDiTConfig, MMDiTConfig, ModelConfig, UNetConfig
 from mmdit.config.errors import ConfigError, validate
 from mmdit.config.parts import (
     CaptionDropoutConfig,
     Config,
     CosMapConfig,
-    CrossDiTConfig,
     DataConfig,
     DensityConfig,
     DiffusionConfig,
@@ -21,9 +21,7 @@ from mmdit.config.parts import (
     GridName,
     ImagesConfig,
     LogitNormalConfig,
-    MMDiTConfig,
     ModeConfig,
-    ModelConfig,
     Prediction,
     Probability,
     RectifiedFlowConfig,
@@ -32,7 +30,6 @@ from mmdit.config.parts import (
     ScheduleConfig,
     ShapesConfig,
     TrainConfig,
-    UNetConfig,
     UniformConfig,
     VAEConfig,
     VariancePreservingConfig,

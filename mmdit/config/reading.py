@@ -8,14 +8,9 @@ from typing import Any
 
 import yaml
 
+from mmdit.config.backbones import CrossDiTConfig, MMDiTConfig, ModelConfig, UNetConfig
 from mmdit.config.errors import ConfigError, validate
-from mmdit.config.parts import (
-    Config,
-    CrossDiTConfig,
-    MMDiTConfig,
-    ModelConfig,
-    UNetConfig,
-)
+from mmdit.config.parts import Config
 from mmdit.config.run import RunConfig, StudyConfig, SuiteConfig
 from mmdit.presets import ENCODER_WIDTHS, PRESETS, VAE_WIDTHS
 from mmdit.registry import nearest, unknown

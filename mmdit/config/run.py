@@ -7,17 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from mmdit.config.backbones import MMDiTConfig, ModelConfig, UNetConfig
 from mmdit.config.parts import (
     Config,
     DataConfig,
     DiffusionConfig,
     EncodersConfig,
-    MMDiTConfig,
-    ModelConfig,
     SamplingConfig,
     ShapesConfig,
     TrainConfig,
-    UNetConfig,
 )
 from mmdit.presets import ENCODER_WIDTHS, VAE_WIDTHS
 
