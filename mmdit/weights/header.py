@@ -107,8 +107,8 @@ def pickle_error(path: Path) -> WeightsError:
     """Return the refusal of a pickle, with the way out."""
     return WeightsError(
         f"{path} is a pickle: opening one can run any code its author put in, so it is not opened. Take the "
-        f".safetensors file of the same release, or convert it: the 'safetensors/convert' space on Hugging Face does, and so do "
-        f"`torch.load(path, weights_only=True)` followed by `safetensors.torch.save_file`"
+        f".safetensors file of the same release, or convert it: the 'safetensors/convert' space on Hugging Face does, "
+        f"and so do `torch.load(path, weights_only=True)` followed by `safetensors.torch.save_file`"
     )
 
 
