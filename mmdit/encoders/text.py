@@ -1,11 +1,12 @@
-"""Captions to Conditioning: CLIP-L, CLIP-G and T5 joined as in SD3.
+"""Captions to Conditioning: CLIP-L, CLIP-G and T5 joined as in SD3, or as the U-Net releases do.
 
     lg      = [CLIP-L penultimate states ; CLIP-G penultimate states]   by feature, zero-padded to T5's width
     context = [lg ; T5 last states]                                     by token, 77 + t5_length
     pooled  = [CLIP-L state at the end token ; CLIP-G's, projected]
 
 Source: Esser et al. 2024, arXiv:2403.03206v1, section 4 and B.3, and the released sd3-ref. The tiny encoders that are
-shipped and a released folder take this same road; only sizes differ.
+shipped and released ones take this same road; only sizes differ. SD1.5 and SDXL have CLIP's stream alone, under the
+rules of `encoders.families`.
 
 Padding. `attend` is what the releases do: T5 reads its padding, and the context carries no mask. Under `mask` and
 `trim` T5 runs with an attention mask, so that what a token becomes does not depend on how much padding stands behind
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from mmdit.config import CaptionDropoutConfig
 from mmdit.denoiser import Conditioning, Streams
+from mmdit.encoders.families import CLIPS, FAMILIES, NUM_SIZES, SIZE_WIDTH, embed_sizes
 from mmdit.encoders.tokenizers import (
     CLIP_END,
     CLIP_LENGTH,
@@ -34,23 +36,34 @@ from mmdit.encoders.tokenizers import (
     T5Tokenizer,
     pad,
 )
-from mmdit.encoders.towers import FOLDERS, Tower, load_folders, load_tiny, pooled_width, tower_states
+from mmdit.encoders.towers import FOLDERS, States, Tower, load_folders, load_tiny, pooled_width, tower_states
+from mmdit.registry import lookup
 
 Padding = Literal["attend", "mask", "trim"]
 Null = Literal["zeros", "empty_caption"]
 CLIP_PAD = {"clip_l": CLIP_END, "clip_g": 0}  # sd3-ref pads the second tower with id 0
+T5_HINT = (
+    ". T5 reads google/t5-v1_1-xxl's spiece.model or tokenizer.json (a release's folder tokenizer_3): put it beside "
+    "the weights, pass tokenizers={'t5': PATH}, or leave T5 out with use=('clip_l', 'clip_g')"
+)
 _BATCH = 512  # rows run through a tower at once
 
 
 class TextEncoders:
-    """Three text encoders behind one call; any may be missing and then contributes zeros, as SD3 does without T5.
+    """Text encoders behind one call; any may be missing and then contributes zeros, as SD3 does without T5.
 
     Args:
-        towers: by name, a subset of `ENCODERS`.
+        towers: by name, a subset of the family's encoders.
         tokenizers: by name; an encoder without one still takes ids.
         context_dim: E, T5's width where there is a T5.
         t5_length: tokens of the T5 stream.
         padding: default policy of `encode`; see the module's text.
+        family: whose rules join the states, a name in `FAMILIES`.
+        absent: {name: (width, pooled width)} of CLIP towers that are left out but whose features stay, as zeros; one
+            that is in neither has no features at all.
+
+    Raises:
+        ValueError: a tower the family does not have, or widths that do not fit into `context_dim`.
     """
 
     def __init__(
@@ -61,12 +74,19 @@ class TextEncoders:
         context_dim: int,
         t5_length: int = 77,
         padding: Padding = "mask",
+        family: str = "sd3",
+        absent: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         if t5_length < 1:
             raise ValueError(f"t5_length must be at least 1 token, got {t5_length}")
-        self.towers, self.tokenizers = dict(towers), dict(tokenizers)
+        self.rules = lookup(FAMILIES, family, "family of text encoders")
+        strange = [name for name in towers if name not in self.rules.encoders]
+        if strange:
+            raise ValueError(f"{family} has no encoder {', '.join(strange)}; it has {', '.join(self.rules.encoders)}")
+        self.family, self.towers, self.tokenizers = family, dict(towers), dict(tokenizers)
         self.context_dim, self.t5_length, self.padding = context_dim, t5_length, padding
-        self._clip_width = sum(self._width(name) for name in ("clip_l", "clip_g"))
+        self._absent = {name: widths for name, widths in (absent or {}).items() if name not in self.towers}
+        self._clip_width = sum(self._width(name) for name in CLIPS)
         if self._clip_width > context_dim:
             raise ValueError(f"CLIP states of width {self._clip_width} do not fit into context_dim {context_dim}")
         for tower in self.towers.values():
@@ -74,7 +94,17 @@ class TextEncoders:
         self._fingerprint: str | None = None
 
     def _width(self, name: str) -> int:
-        return self.towers[name].width if name in self.towers else 0
+        return self.towers[name].width if name in self.towers else self._absent.get(name, (0, 0))[0]
+
+    def _pooled_width(self, name: str) -> int:
+        if name in self.towers:
+            return pooled_width(self.towers[name].module)
+        return self._absent.get(name, (0, 0))[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where conditionings are made: the encoders' device, the CPU where there are none."""
+        return next((tower.state_mean.device for tower in self.towers.values()), torch.device("cpu"))
 
     @property
     def clip_l_width(self) -> int:
@@ -83,14 +113,20 @@ class TextEncoders:
 
     @property
     def pooled_dim(self) -> int:
-        """G."""
-        return sum(pooled_width(self.towers[name].module) for name in ("clip_l", "clip_g") if name in self.towers)
+        """G; 0 where the family has no pooled vector."""
+        sizes = NUM_SIZES * SIZE_WIDTH if self.rules.sizes else 0
+        return sum(self._pooled_width(name) for name in self.rules.pooled) + sizes
 
     @property
     def streams(self) -> Streams:
         """Where each stream lies in an untrimmed context: (name, start, stop, width)."""
-        end = CLIP_LENGTH + self.t5_length
-        return (("clip", 0, CLIP_LENGTH, self._clip_width), ("t5", CLIP_LENGTH, end, self.context_dim))
+        return self._streams([CLIP_LENGTH, self.t5_length])
+
+    def _streams(self, lengths: Sequence[int]) -> Streams:
+        clip = ("clip", 0, lengths[0], self._clip_width)
+        if "t5" not in self.rules.encoders:
+            return (clip,)
+        return (clip, ("t5", lengths[0], lengths[0] + lengths[1], self.context_dim))
 
     def to(self, device: torch.device | str) -> TextEncoders:
         """Move the encoders; conditionings are then made there."""
@@ -119,24 +155,34 @@ class TextEncoders:
             ids["t5"] = pad(self.tokenizers["t5"](prompts, self.t5_length), T5_PAD, self.t5_length)
         return ids
 
-    def encode(self, prompts: Sequence[str], padding: Padding | None = None) -> Conditioning:
+    def encode(
+        self, prompts: Sequence[str], padding: Padding | None = None, *, sizes: Tensor | None = None
+    ) -> Conditioning:
         """Encode prompts, equal ones once; see `encode_ids`.
 
         Raises:
             ValueError: an encoder has no tokenizer; give `encode_ids` its ids.
         """
+        self._check_sizes(sizes)
+        return self._with_sizes(self._encode(prompts, padding), sizes)
+
+    def _encode(self, prompts: Sequence[str], padding: Padding | None) -> Conditioning:
         missing = [name for name in self.towers if name not in self.tokenizers]
         if missing:
-            raise ValueError(f"no tokenizer for {', '.join(missing)}: add its folder, or call encode_ids with ids")
+            hint = T5_HINT if "t5" in missing else ""
+            raise ValueError(
+                f"no tokenizer for {', '.join(missing)}: add its folder, or call encode_ids with ids{hint}"
+            )
         _check_prompts(prompts)
         places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        encoded = self.encode_ids(self.tokenize(list(places)), padding)
+        encoded = self._encode_ids(self.tokenize(list(places)), padding, len(places))
         if len(places) == len(prompts):
             return encoded
-        return encoded.index(torch.tensor([places[prompt] for prompt in prompts], device=encoded.context.device))
+        return encoded.index(torch.tensor([places[prompt] for prompt in prompts], device=self.device))
 
-    @torch.no_grad()
-    def encode_ids(self, ids: Mapping[str, Tensor], padding: Padding | None = None) -> Conditioning:
+    def encode_ids(
+        self, ids: Mapping[str, Tensor], padding: Padding | None = None, *, sizes: Tensor | None = None
+    ) -> Conditioning:
         """Encode ids as `tokenize` gives them.
 
         Equal rows are computed once and rows of like length together, so 32,000 short captions cost seconds.
@@ -145,79 +191,140 @@ class TextEncoders:
             ids: int64 [B, 77] for `clip_l`, `clip_g`; [B, L] for `t5`.
             padding: `attend`: untrimmed, no mask; `mask`: untrimmed, `context_mask` True on real tokens (the end token
                 is the last one); `trim`: as `mask`, cut to the longest row of each stream.
+            sizes: int [B, 6] in pixels, SDXL's alone, see `families.embed_sizes`; they end `pooled`.
 
         Returns:
-            context [B, 77 + L, E], pooled [B, G], context_mask as above, streams.
+            context [B, 77 + L, E] (77 where the family has no T5), pooled [B, G], context_mask as above, streams.
+
+        Raises:
+            ValueError: ids are missing or beyond an encoder's vocabulary; sizes are missing, or given where there are
+                none.
         """
+        self._check_sizes(sizes)
+        if not ids:
+            raise ValueError(f"encode_ids got no ids; expected {', '.join(self.towers) or 'at least one row'}")
+        return self._with_sizes(self._encode_ids(ids, padding, next(iter(ids.values())).shape[0]), sizes)
+
+    @torch.no_grad()
+    def _encode_ids(self, ids: Mapping[str, Tensor], padding: Padding | None, batch: int) -> Conditioning:
         padding = padding or self.padding
+        self._check_ids(ids)
+        keep = padding == "attend"
+        clip, clip_real, pooled = self._clip_stream(ids, batch, keep)
+        parts, reals = [clip], [clip_real]
+        if "t5" in self.rules.encoders:
+            states, real = self._t5_stream(ids, batch, keep)
+            parts, reals = [clip, states], [clip_real, real]
+        reals = [real.clamp(min=1) for real in reals]  # a missing encoder keeps one null token
+        lengths = [CLIP_LENGTH, ids["t5"].shape[1] if "t5" in self.towers else self.t5_length]
+        if padding == "trim":
+            lengths = [int(real.max()) for real in reals]
+        context = torch.cat([_lengthen(part, n) for part, n in zip(parts, lengths, strict=False)], dim=1)
+        mask = None
+        if padding != "attend":
+            mask = torch.cat([_first(real, n) for real, n in zip(reals, lengths, strict=False)], dim=1).to(self.device)
+        return Conditioning(context, pooled, mask, self._streams(lengths))
+
+    def _clip_stream(self, ids: Mapping[str, Tensor], batch: int, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return CLIP's states [B, l, E], their counts of real tokens [B] and the pooled vectors [B, G]."""
+        states, vectors, reals = {}, {}, [torch.zeros(batch, dtype=torch.long)]
+        for name in CLIPS:
+            if name in self.towers:
+                reals.append(clip_lengths(ids[name]))
+                states[name], vectors[name] = _run(
+                    self.towers[name], ids[name].to(self.device), reals[-1].to(self.device), keep, self.rules.states
+                )
+        length = max([part.shape[1] for part in states.values()], default=CLIP_LENGTH)
+        features = [
+            _lengthen(states[name], length)
+            if name in states
+            else torch.zeros(batch, length, self._width(name), device=self.device)
+            for name in CLIPS
+        ]
+        joined = torch.cat(features, dim=2)  # [B, l, clip_width]
+        pooled = [
+            vectors[name] if name in vectors else torch.zeros(batch, self._pooled_width(name), device=self.device)
+            for name in self.rules.pooled
+        ]
+        vector = torch.cat(pooled, dim=1) if pooled else None
+        real = torch.stack(reals).amax(dim=0)
+        return (
+            F.pad(joined, (0, self.context_dim - joined.shape[2])),  # [B, l, E]
+            real,
+            vector if vector is not None and vector.shape[1] else None,
+        )
+
+    def _t5_stream(self, ids: Mapping[str, Tensor], batch: int, keep: bool) -> tuple[Tensor, Tensor]:
+        """Return T5's states [B, l, E] and their counts of real tokens [B]; zeros where there is no T5."""
+        if "t5" not in self.towers:
+            zeros = torch.zeros(batch, self.t5_length, self.context_dim, device=self.device)
+            return zeros, torch.zeros(batch, dtype=torch.long)
+        real = t5_lengths(ids["t5"])
+        states, _ = _run(self.towers["t5"], ids["t5"].to(self.device), real.to(self.device), keep)
+        return states, real
+
+    def _check_ids(self, ids: Mapping[str, Tensor]) -> None:
         absent = [name for name in self.towers if name not in ids]
         if absent:
             raise ValueError(f"encode_ids got no ids for {', '.join(absent)}; got {', '.join(ids) or 'none'}")
-        batch = next(iter(ids.values())).shape[0]
-        device = next(iter(self.towers.values())).state_mean.device
-        keep = padding == "attend"
+        for name, tower in self.towers.items():
+            largest, size = int(ids[name].max()), int(tower.module.config.vocab_size)
+            if largest >= size:
+                raise ValueError(
+                    f"{name} got the id {largest}, its vocabulary has {size}: this tokenizer belongs to another encoder"
+                )
 
-        clip_states, pooled, clip_real = [], [], None
-        for name in ("clip_l", "clip_g"):
-            if name in self.towers:
-                real = clip_lengths(ids[name])
-                states, vector = _run(self.towers[name], ids[name].to(device), real.to(device), keep)
-                clip_states.append(states)
-                pooled.append(vector)
-                clip_real = real if clip_real is None else torch.maximum(clip_real, real)
-        if clip_real is None:
-            clip_real = torch.zeros(batch, dtype=torch.long)
-            clip_states = [torch.zeros(batch, CLIP_LENGTH, 0, device=device)]
-        if "t5" in self.towers:
-            t5_real = t5_lengths(ids["t5"])
-            t5_states, _ = _run(self.towers["t5"], ids["t5"].to(device), t5_real.to(device), keep)
-        else:
-            t5_real = torch.zeros(batch, dtype=torch.long)
-            t5_states = torch.zeros(batch, self.t5_length, self.context_dim, device=device)
+    def _check_sizes(self, sizes: Tensor | None) -> None:
+        if self.rules.sizes and sizes is None:
+            raise ValueError(
+                f"{self.family} is told six sizes in pixels beside the text: pass sizes=[B, 6], original height and "
+                "width, crop top and left, target height and width, such as [[1024, 1024, 0, 0, 1024, 1024]]"
+            )
+        if sizes is not None and not self.rules.sizes:
+            raise ValueError(f"sizes belong to SDXL; {self.family} has none, leave them out")
 
-        clip_real, t5_real = clip_real.clamp(min=1), t5_real.clamp(min=1)  # a missing encoder keeps one null token
-        lengths = [CLIP_LENGTH, ids["t5"].shape[1] if "t5" in self.towers else self.t5_length]
-        if padding == "trim":
-            lengths = [int(clip_real.max()), int(t5_real.max())]
-        clip = torch.cat([_lengthen(states, lengths[0]) for states in clip_states], dim=2)  # [B, 77, clip_width]
-        clip = F.pad(clip, (0, self.context_dim - clip.shape[2]))  # [B, 77, E]
-        context = torch.cat([clip, _lengthen(t5_states, lengths[1])], dim=1)  # [B, 77 + L, E]
-        mask = None
-        if padding != "attend":
-            mask = torch.cat([_first(clip_real, lengths[0]), _first(t5_real, lengths[1])], dim=1).to(device)
-        streams = (
-            ("clip", 0, lengths[0], self._clip_width),
-            ("t5", lengths[0], sum(lengths), self.context_dim),
-        )
-        return Conditioning(context, torch.cat(pooled, dim=1) if pooled else None, mask, streams)
+    def _with_sizes(self, conditioning: Conditioning, sizes: Tensor | None) -> Conditioning:
+        if sizes is None:
+            return conditioning
+        assert conditioning.pooled is not None
+        embedded = embed_sizes(torch.as_tensor(sizes).to(self.device), conditioning.pooled.shape[0])
+        return conditioning._replace(pooled=torch.cat([conditioning.pooled, embedded], dim=1))
 
-    def null(self, batch: int, null: Null = "zeros", padding: Padding | None = None) -> Conditioning:
+    def null(
+        self, batch: int, null: Null = "zeros", padding: Padding | None = None, *, sizes: Tensor | None = None
+    ) -> Conditioning:
         """Return what stands for "no text", `batch` equal rows; training dropout and guidance both use it.
 
-        `zeros`: zero context and pooled, one attended token in each stream. `empty_caption`: the encoded "".
+        `zeros`: zero context and pooled, one attended token in each stream. `empty_caption`: the encoded "". SDXL's
+        sizes, [B, 6] or [1, 6], are no text: they stay in both.
         """
         padding = padding or self.padding
+        self._check_sizes(sizes)
         if null == "empty_caption":
-            return self.encode([""], padding).repeat(batch)
+            return self._with_sizes(self._encode([""], padding).repeat(batch), sizes)
         if null != "zeros":
             raise ValueError(f"unknown null {null!r}; use 'zeros' or 'empty_caption'")
         lengths = [1, 1] if padding == "trim" else [CLIP_LENGTH, self.t5_length]
-        device = next(iter(self.towers.values())).state_mean.device
+        streams = self._streams(lengths)
         mask = None
         if padding != "attend":
-            mask = torch.cat([_first(torch.ones(batch), n) for n in lengths], dim=1).to(device)
-        return Conditioning(
-            torch.zeros(batch, sum(lengths), self.context_dim, device=device),
-            torch.zeros(batch, self.pooled_dim, device=device) if self.pooled_dim else None,
-            mask,
-            (("clip", 0, lengths[0], self._clip_width), ("t5", lengths[0], sum(lengths), self.context_dim)),
+            mask = torch.cat([_first(torch.ones(batch), stop - start) for _, start, stop, _ in streams], dim=1)
+        pooled = sum(self._pooled_width(name) for name in self.rules.pooled)
+        conditioning = Conditioning(
+            torch.zeros(batch, streams[-1][2], self.context_dim, device=self.device),
+            torch.zeros(batch, pooled, device=self.device) if pooled else None,
+            mask if mask is None else mask.to(self.device),
+            streams,
         )
+        return self._with_sizes(conditioning, sizes)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all weights and of the T5 vocabulary: two encoders with the same one give the same states."""
+        """Hash of all weights, vocabularies and rules: two encoders with the same one give the same states."""
         if self._fingerprint is None:
             digest = hashlib.sha256()
+            if self.family != "sd3" or self._absent:
+                digest.update(f"{self.family} {sorted(self._absent.items())}".encode())
             for name, tower in sorted(self.towers.items()):
                 tensors = {**tower.module.state_dict(), "state_mean": tower.state_mean, "state_std": tower.state_std}
                 for key, tensor in sorted(tensors.items()):
@@ -260,13 +367,16 @@ def _lengthen(states: Tensor, length: int) -> Tensor:
     return F.pad(states[:, :length], (0, 0, 0, max(0, length - states.shape[1])))
 
 
-def _run(tower: Tower, ids: Tensor, real: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+def _run(
+    tower: Tower, ids: Tensor, real: Tensor, keep: bool, which: States = "penultimate"
+) -> tuple[Tensor, Tensor | None]:
     """Run one tower over distinct rows, sorted by length.
 
     Args:
         ids: [B, L].
         real: [B] real tokens.
         keep: run at full length without a mask and keep the states of padding; else they are zero.
+        which: states of CLIP, see `tower_states`.
 
     Returns:
         Standardised states [B, longest, width], longest = L with `keep`; pooled [B, G] for a CLIP tower, None for T5.
@@ -279,7 +389,7 @@ def _run(tower: Tower, ids: Tensor, real: Tensor, keep: bool) -> tuple[Tensor, T
     for rows in torch.argsort(real, stable=True).split(_BATCH):
         stop = length if keep else max(1, int(real[rows].max()))
         mask = None if keep else _first(real[rows], stop).to(ids.device)
-        out, vector = tower_states(tower.module, ids[rows, :stop], mask)
+        out, vector = tower_states(tower.module, ids[rows, :stop], mask, which)
         out = (out.float() - tower.state_mean) / tower.state_std
         states[rows, :stop] = out if mask is None else out * mask[:, :, None]
         if vector is not None:
@@ -345,7 +455,7 @@ def drop_captions(
     token; when one is dropped, only its features change.
 
     Args:
-        conditioning: streams ("clip", ...), ("t5", ...); trimmed or not.
+        conditioning: streams ("clip", ...), ("t5", ...), or the first alone; trimmed or not.
         null_conditioning: one row, or B.
         dropout: probabilities.
         uniforms: [B, 4] in [0, 1): caption, clip_l, clip_g, t5; below its probability = dropped.
@@ -378,9 +488,9 @@ def drop_captions(
     conditioning, null = resize_streams(conditioning, lengths), resize_streams(null, lengths)
 
     context, pooled, mask = conditioning.context.clone(), conditioning.pooled, conditioning.context_mask
-    (_, clip_start, clip_stop, _), (_, t5_start, t5_stop, _) = _streams(conditioning)
+    spans = [slice(start, stop) for _, start, stop, _ in _streams(conditioning)]
     split = clip_l_width if clip_l_width is not None else 0  # without it both towers fall together
-    clip_tokens, t5_tokens = slice(clip_start, clip_stop), slice(t5_start, t5_stop)
+    clip_tokens, t5_tokens = spans[0], spans[1] if len(spans) > 1 else slice(0, 0)
     parts = (
         (clip_l, clip_tokens, slice(0, split)),
         (clip_g, clip_tokens, slice(split, None)),
@@ -395,9 +505,8 @@ def drop_captions(
         dropped = torch.where(from_l[None], clip_l[:, None], clip_g[:, None])  # [B, G]
         pooled = torch.where(dropped, null.pooled.to(pooled.dtype), pooled)
     if mask is not None and null.context_mask is not None:
-        gone = torch.cat(
-            [(clip_l & clip_g)[:, None].expand(-1, lengths[0]), t5[:, None].expand(-1, lengths[1])], dim=1
-        )  # [B, L]
+        dropped_streams = zip((clip_l & clip_g, t5), lengths, strict=False)
+        gone = torch.cat([dropped[:, None].expand(-1, n) for dropped, n in dropped_streams], dim=1)  # [B, L]
         mask = torch.where(gone, null.context_mask, mask)
     return conditioning._replace(context=context, pooled=pooled, context_mask=mask)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mmdit.encoders.tokenizers import CLIP_VOCAB_SIZE, ClipTokenizer, T5Tokenizer
 
+States = Literal["penultimate", "last"]
 ENCODERS = ("clip_l", "clip_g", "t5")
 FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}  # Hugging Face layout of SD3
 _TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
@@ -34,20 +35,23 @@ class Tower(NamedTuple):
         return self.state_mean.shape[0]
 
 
-def tower_states(module: nn.Module, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return what SD3 takes from one transformers module, before standardisation.
+def tower_states(
+    module: nn.Module, ids: Tensor, mask: Tensor | None, which: States = "penultimate"
+) -> tuple[Tensor, Tensor | None]:
+    """Return what a family takes from one transformers module, before standardisation.
 
-    CLIP: penultimate hidden states without the final layer norm, and the state at the end token after it (projected
-    where the module has a projection). T5: last hidden states, None.
+    CLIP: hidden states, and the state at the end token after the final layer norm (projected where the module has a
+    projection). T5: last hidden states, None.
 
     Args:
         ids: [B, L].
         mask: bool [B, L] for T5, None to attend to padding; CLIP needs none.
+        which: of CLIP: `penultimate` states, without the final layer norm, or the `last` ones, behind it.
     """
     if _is_clip(module):
         out = module(input_ids=ids, output_hidden_states=True)
         pooled = out.text_embeds if hasattr(module, "text_projection") else out.pooler_output
-        return out.hidden_states[-2], pooled
+        return out.hidden_states[-2] if which == "penultimate" else out.last_hidden_state, pooled
     # transformers builds an all-ones mask where none is given, which attends to padding as the releases do.
     return module(input_ids=ids, attention_mask=None if mask is None else mask.long()).last_hidden_state, None
 
