@@ -283,7 +283,7 @@ def make_stamp(config: RunConfig, suite: SuiteConfig, references: Mapping[str, R
     protocol = {
         "version": PROTOCOL_VERSION,
         "metrics": list(suite.metrics),
-        "extractor": {"name": extractor.name, "hash": extractor.hash, "resize": extractor.resize},
+        "extractor": extractor.describe(),
         "judges": {name: judge() for name in suite.metrics if (judge := METRICS[name].judge) is not None},
         "references": {
             split: {

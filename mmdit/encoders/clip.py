@@ -155,7 +155,11 @@ class TinyClip:
     @torch.no_grad()
     def image_embeds(self, images: np.ndarray | Tensor) -> Tensor:
         """Return normalised embeddings [B, 224]; their product with `text_embeds` is the mean cosine of both towers."""
-        features = self.image_features(images)
+        return self.embeds_of_features(self.image_features(images))
+
+    @torch.no_grad()
+    def embeds_of_features(self, features: Tensor) -> Tensor:
+        """Return normalised embeddings [B, 224] of trunk features [B, 128]."""
         return _join([self.image.projections[name](features) for name in TOWERS])
 
     @torch.no_grad()

@@ -55,10 +55,17 @@ class ClipTokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> list[list[int]]:
         """Encode: start, at most 75 tokens, end. Longer prompts keep their first 76 ids and the end token."""
+        rows = self._encode(prompts)
+        return [row if len(row) <= CLIP_LENGTH else [*row[: CLIP_LENGTH - 1], CLIP_END] for row in rows]
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Return how many tokens each prompt has before it is cut, start and end included."""
+        return [len(row) for row in self._encode(prompts)]
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         # "<|endoftext|>" written in a caption is text: it must not end the caption early
         rows = self._tokenizer([clean(prompt) for prompt in prompts], truncation=False, split_special_tokens=True)
-        rows = rows["input_ids"]
-        return [row if len(row) <= CLIP_LENGTH else [*row[: CLIP_LENGTH - 1], CLIP_END] for row in rows]
+        return list(rows["input_ids"])
 
     def id_to_piece(self, index: int) -> str:
         """Return the piece of one id; pieces that end a word end with "</w>"."""

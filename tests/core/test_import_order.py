@@ -69,6 +69,7 @@ HEAVY = {
     "tensorboard": ({"train"}, True),
     "open_clip": ({"mmdit_eval"}, True),
     "torch_fidelity": ({"mmdit_eval"}, True),
+    "timm": ({"mmdit_eval"}, True),
     "matplotlib": ({"mmdit_eval"}, True),
 }
 
