@@ -3,6 +3,8 @@
     runs/<...>/checkpoints/<images_seen, 12 digits>/
         model.safetensors  ema.safetensors  optimizer.safetensors   state.json   config.yaml   manifest.json
 
+(of a run sharded over processes folders model/, ema/, optimizer/ instead, with a file a process).
+
 A checkpoint is written into a temporary folder beside its place, every file is fsynced, the manifest (size and
 SHA-256 of each file) comes last, then one rename makes it visible. Old ones are pruned only after the new one has
 been read back and verified. Loading verifies first: safetensors itself does not notice a flipped bit (164 of 167
@@ -17,14 +19,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,9 +35,10 @@ from mmdit.config import ConfigError, RunConfig, resolve, to_yaml
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
 _ASIDE = ".old-"
 _CHUNK = 1 << 20
+_FILE_NAME = re.compile(r"([\w-]+/)?[\w-]+(\.[\w-]+)*")  # in the folder or one below, nowhere else
 
 
 class CheckpointError(RuntimeError):
@@ -80,22 +83,22 @@ def save_checkpoint(
     """
     folder = Path(run_dir) / "checkpoints"
     path = folder / f"{images_seen:012d}"
-    temporary = folder / f"{_TEMPORARY}{images_seen:012d}-{uuid.uuid4().hex[:8]}"
+    temporary = folder / f"{TEMPORARY}{images_seen:012d}-{uuid.uuid4().hex[:8]}"
     try:
         temporary.mkdir(parents=True)
         for stem, table in tensors.items():
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in table.items()}
             save_file(contiguous, temporary / f"{stem}.safetensors")
-        _write(temporary / STATE, json.dumps({**state, "images_seen": images_seen}, indent=1, sort_keys=True))
-        _write(temporary / CONFIG, to_yaml(config))
+        write_text(temporary / STATE, json.dumps({**state, "images_seen": images_seen}, indent=1, sort_keys=True))
+        write_text(temporary / CONFIG, to_yaml(config))
         files = sorted(p for p in temporary.iterdir())
         for file in files:
-            _sync(file)
-        _write(temporary / MANIFEST, _manifest_text({p.name: _fingerprint(p) for p in files}))
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
-        _put_in_place(temporary, path)
-        _sync(folder)
+            sync(file)
+        write_text(temporary / MANIFEST, manifest_text({p.name: fingerprint(p) for p in files}))
+        sync(temporary / MANIFEST)
+        sync(temporary)
+        put_in_place(temporary, path)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -107,25 +110,27 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: str | Path, stems: Iterable[str] | None = None) -> Checkpoint:
+def load_checkpoint(path: str | Path, stems: Iterable[str] | None = None, *, verified: bool = False) -> Checkpoint:
     """Verify a checkpoint against its manifest and read it.
 
     Args:
         path: folder of one checkpoint.
         stems: which tensor files to read, by default all; verification always covers all.
+        verified: it has just been; only presence and sizes are looked at again.
 
     Raises:
         CheckpointError: anything missing, changed or unreadable.
     """
     path = Path(path)
-    files = verify_checkpoint(path)
-    present = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
+    files = verify_checkpoint(path, only=lambda name: not verified)
+    tensor_files = [name for name in files if name.endswith(".safetensors")]
+    present = list(dict.fromkeys(name.partition("/")[0].removesuffix(".safetensors") for name in tensor_files))
     wanted = present if stems is None else list(stems)
     missing = [stem for stem in wanted if stem not in present]
     if missing:
         raise CheckpointError(path, f"holds no {', '.join(missing)}", f"It holds {', '.join(present)}")
     try:
-        tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in wanted}
+        tensors = {stem: _read_stem(path, stem) for stem in wanted}
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         config = resolve(yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")), source=str(path / CONFIG))
     except (OSError, SafetensorError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -143,8 +148,51 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return load_checkpoint(path, stems=()).state
 
 
-def verify_checkpoint(path: str | Path) -> list[str]:
+def _read_stem(path: Path, stem: str) -> dict[str, Tensor]:
+    """Read the tensors of one stem: a file, or the shards of a folder put together."""
+    folder = path / stem
+    if not folder.is_dir():
+        return load_file(path / f"{stem}.safetensors")
+    pieces: dict[str, list[tuple[list[int], Tensor]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as reader:
+            places = json.loads((reader.metadata() or {})["DCP_SHARDING_INFO"])
+            for name in reader.keys():  # noqa: SIM118 (no mapping)
+                pieces.setdefault(name, []).append((places[name]["saved_offsets"], reader.get_tensor(name)))
+    return {name: _join(parts) for name, parts in pieces.items()}
+
+
+def _join(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
+    """Put the pieces of a tensor in their places; together they cover it.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if len(parts) == 1 and not any(parts[0][0]):
+        return parts[0][1]
+    shape = [max(start + size for start, size in zip(*axis, strict=True)) for axis in _axes(parts)]
+    whole = parts[0][1].new_empty(shape)
+    for offsets, piece in parts:
+        whole[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))] = piece
+    if sum(piece.numel() for _, piece in parts) != whole.numel():
+        raise ValueError(f"the shards of a tensor hold {sum(p.numel() for _, p in parts)} of {whole.numel()} numbers")
+    return whole
+
+
+def _axes(parts: Sequence[tuple[list[int], Tensor]]) -> list[tuple[list[int], list[int]]]:
+    """Return starts and sizes of all pieces, axis by axis."""
+    return [
+        ([offsets[axis] for offsets, _ in parts], [piece.shape[axis] for _, piece in parts])
+        for axis in range(parts[0][1].ndim)
+    ]
+
+
+def verify_checkpoint(path: str | Path, only: Callable[[str], bool] = lambda name: True) -> list[str]:
     """Compare every file with the manifest and return their names.
+
+    Args:
+        path: folder of one checkpoint.
+        only: which files' content to read, by name; the others need only be there at their size.
 
     Raises:
         CheckpointError: no manifest, a file missing, truncated, grown or changed, or a manifest that was edited.
@@ -159,18 +207,18 @@ def verify_checkpoint(path: str | Path) -> list[str]:
         text = manifest.read_text(encoding="utf-8")
         files = json.loads(text)["files"]
         # our own spelling, byte for byte: so an edit that JSON would forgive (a duplicate key) shows as well
-        if _manifest_text(files) != text:
+        if manifest_text(files) != text:
             raise ValueError("it is not as it was written")
         entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(path, f"has a damaged {MANIFEST} ({error})", _HINT) from error
     for name, (size, digest) in entries.items():
         file = path / name
-        if Path(name).name != name or file.is_symlink() or not file.is_file():
+        if not _FILE_NAME.fullmatch(name) or file.is_symlink() or not file.is_file():
             raise CheckpointError(path, f"lacks its file {name!r}", _HINT)
         if file.stat().st_size != size:
             raise CheckpointError(path, f"{name} has {file.stat().st_size} bytes, written were {size}", _HINT)
-        if _sha256(file) != digest:
+        if only(name) and _sha256(file) != digest:
             raise CheckpointError(path, f"{name} has changed since it was written (SHA-256 differs)", _HINT)
     for name in (STATE, CONFIG):
         if name not in entries:
@@ -250,7 +298,7 @@ def sweep_temporaries(run_dir: str | Path) -> int:
         whole = folder / path.name.removeprefix(_ASIDE).partition("-")[0]
         if not whole.exists():  # killed between the two renames of a replacement: the old one is still the good one
             path.rename(whole)
-    for path in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_ASIDE}*")] if folder.is_dir() else ():
+    for path in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{_ASIDE}*")] if folder.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
         swept += 1
     return swept
@@ -272,7 +320,7 @@ def tensors_of(module: torch.nn.Module) -> dict[str, Tensor]:
 _HINT = "Use an earlier checkpoint of the run (training resumes from the newest whole one by itself) or train again"
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path) -> None:
     """Rename; a folder of the same name (the same images_seen, saved again) is moved aside first."""
     if not path.exists():
         temporary.rename(path)
@@ -283,11 +331,11 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _manifest_text(files: Mapping[str, Any]) -> str:
+def manifest_text(files: Mapping[str, Any]) -> str:
     return json.dumps({"files": dict(files)}, indent=1, sort_keys=True)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -299,11 +347,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Push a file or a folder's entries to the disk; without it a power loss leaves empty files under good names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

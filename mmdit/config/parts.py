@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -211,6 +212,22 @@ DataConfig = Annotated[ShapesConfig | EmojiConfig | ImagesConfig, Field(discrimi
 # --- training ---------------------------------------------------------------------------------------------------
 
 
+class EMAConfig(Config):
+    """One more average of the parameters: a constant decay, or the power function of relative width `sigma_rel`.
+
+    Source of the latter: Karras et al. 2023, arXiv:2312.02696, section 3.1; 0.05 to 0.15 is usual.
+    """
+
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    sigma_rel: Annotated[float, Field(gt=0.0, lt=0.28)] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> EMAConfig:
+        if (self.decay is None) == (self.sigma_rel is None):
+            raise ValueError("give one of decay (a constant average) and sigma_rel (a power-function average)")
+        return self
+
+
 class TrainConfig(Config):
     """One training run. Budgets and intervals are counted in images; 0 switches an interval off."""
 
@@ -225,11 +242,18 @@ class TrainConfig(Config):
     warmup_images: NonNegativeInt = 10_000
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    more_emas: dict[str, EMAConfig] = {}  # further averages by name; `--weights ema-<name>` samples from one
     precision: Literal["fp32", "bf16"] = "bf16"
     precompute: bool = True  # encode latents and captions once, before the first step
     cache_dir: Path | None = None  # where they are kept; None: <run>/cache
-    compile: bool = False
+    compile: bool = False  # torch.compile of the repeated block
+    activation_checkpointing: bool = False  # by block: a third more time for a fraction of the memory
     num_processes: PositiveInt = 1  # asserted, not set: launch with torchrun or accelerate
+    sharding: Literal["none", "fsdp2", "hsdp"] = "none"  # none: every process holds the model (DDP)
+    shard_size: PositiveInt | None = None  # hsdp: processes that share one copy of the model; None: those of a machine
+    timeout: PositiveInt = 600  # seconds a process waits for the others before it gives up
+    max_skips: NonNegativeInt = 0  # updates in a row left out for a loss or gradient that is not finite; then it stops
+    save_retries: NonNegativeInt = 3  # checkpoints in a row that may fail (disk full); training goes on meanwhile
     log_every: NonNegativeInt = 2_560
     validate_every: NonNegativeInt = 100_000
     sample_every: NonNegativeInt = 100_000
@@ -242,6 +266,8 @@ class TrainConfig(Config):
     )
     sample_prompts: tuple[str, ...] = ()  # empty: captions of the validation split
     tensorboard: bool = True
+    wandb: bool = False  # pip install "mmdit-lab[wandb]"; WANDB_MODE=offline keeps it on this machine
+    peak_tflops: PositiveFloat | None = None  # of one device, for MFU; None: known for common GPUs, else left out
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
@@ -252,4 +278,9 @@ class TrainConfig(Config):
             )
         if self.images < self.batch_size:
             raise ValueError(f"images {self.images} is less than one batch of {self.batch_size}")
+        if self.shard_size is not None and self.sharding != "hsdp":
+            raise ValueError(f"shard_size is read by sharding 'hsdp' only, got sharding {self.sharding!r}")
+        odd = [name for name in self.more_emas if not re.fullmatch(r"[a-z0-9_]+", name)]
+        if odd:
+            raise ValueError(f"names of more_emas are a-z, 0-9 and _, got {', '.join(map(repr, odd))}")
         return self

@@ -65,8 +65,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        Exit code: 0 done, 1 diverged, 2 wrong config, 3 checkpoint, 75 interrupted
-        and saved, 130 interrupted before there was anything to save.
+        Exit code: 0 done, 1 diverged, 2 wrong config, 3 checkpoint, 4 out of memory,
+        75 interrupted and saved, 130 interrupted before there was anything to save.
     """
     own, overrides = split_overrides(sys.argv[1:] if words is None else words)
     arguments = tyro.cli(Arguments, args=own, prog="train")
@@ -88,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     from mmdit.train.sources import build_sources, measure_statistics
     from mmdit.train.step import NonFiniteLossError
-    from mmdit.train.trainer import EXIT_INTERRUPTED, train
+    from mmdit.train.trainer import EXIT_INTERRUPTED, OutOfMemoryError, train
 
     try:
         if arguments.statistics:
@@ -108,6 +108,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 3
+    except OutOfMemoryError as error:
+        print(error, file=sys.stderr)
+        return 4
     except KeyboardInterrupt:
         print("\nstopped before the first update: there was nothing to save yet", file=sys.stderr)
         return 130

@@ -14,7 +14,7 @@ from mmdit.data import make_dataset
 from mmdit.denoiser import Conditioning
 from mmdit.models import build_denoiser
 from mmdit.pipeline import load_encoders
-from mmdit.train.trainer import count_parameters, total_images
+from mmdit.train.run import count_parameters, total_images
 
 _CAPTIONS = 128  # looked at to learn how many text tokens a batch has
 

@@ -7,21 +7,26 @@ image, noise, t and caption dropout whatever the backbone, batch size, number of
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mmdit import rng
 from mmdit.config import RunConfig
 from mmdit.data.order import data_order
-from mmdit.denoiser import Conditioning
+from mmdit.denoiser import Conditioning, unwrap
 from mmdit.diffusion import Schedule, sample_t, training_loss
 from mmdit.encoders.text import TextEncoders, drop_captions
+from mmdit.train.sharding import whole
+from mmdit.train.watch import Watch, part_norms
 
 
 class Batch(NamedTuple):
@@ -52,10 +57,11 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update gives to the log: mean loss, gradient norm before clipping."""
+    """What an update gives to the log: mean loss, gradient norm before clipping, and where asked that of each part."""
 
     loss: float
     grad_norm: float
+    part_norms: dict[str, float] | None = None
 
 
 class BatchDrawer:
@@ -121,12 +127,16 @@ def update(
     batches: Sequence[Callable[[], Batch]],
     schedule: Schedule,
     config: RunConfig,
+    watch: Watch | None = None,
+    parts: bool = False,
 ) -> StepResult:
     """Make one update from this rank's micro-batches.
 
     Args:
-        denoiser, optimizer: as accelerate prepared them.
+        denoiser, optimizer: as accelerate prepared them; or sharded.
         batches: one function per micro-batch; each is called when its turn comes.
+        watch: told losses, t and how long batches were waited for.
+        parts: measure the gradient norm of each part of the network as well.
 
     Raises:
         NonFiniteLossError: a loss or the gradient norm is not finite; parameters and moments are as before.
@@ -135,7 +145,10 @@ def update(
     total = torch.zeros((), device=accelerator.device)
     taken: list[tuple[Batch, Tensor]] = []
     for number, take in enumerate(batches):
+        began = time.perf_counter()
         batch = take().to(accelerator.device)
+        if watch is not None:
+            watch.waited += time.perf_counter() - began
         last = number == len(batches) - 1
         with torch.enable_grad(), _sync(accelerator, denoiser, last):
             losses = training_loss(
@@ -145,22 +158,26 @@ def update(
             accelerator.backward(loss)
         total += loss.detach()
         taken.append((batch, losses.detach()))
+        if watch is not None:
+            watch.see(batch.t, losses.detach())
+    norms = part_norms(unwrap(denoiser)) if parts else None
     parameters = [p for p in denoiser.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.clip_norm or math.inf)
-    value, grad_norm = float(accelerator.reduce(total, "mean")), float(norm)
+    value, grad_norm = float(accelerator.reduce(total, "mean")), float(whole(norm))
     # gradients are averaged over processes and the loss reduced: every process decides the same
     if not (math.isfinite(value) and math.isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteLossError(_blame(value, grad_norm, taken))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(value, grad_norm)
+    return StepResult(value, grad_norm, norms)
 
 
 def _sync(accelerator: Any, denoiser: nn.Module, last: bool) -> Any:
     """Average gradients over processes at the last micro-batch only."""
-    from contextlib import nullcontext
-
+    if isinstance(denoiser, FSDPModule):
+        denoiser.set_requires_gradient_sync(last)
+        return nullcontext()
     return nullcontext() if last else accelerator.no_sync(denoiser)
 
 

@@ -8,13 +8,12 @@ which two rows of a study differ. It is not subclassed.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,43 +21,41 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
 from mmdit import rng
-from mmdit.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    sweep_temporaries,
-    tensors_of,
-)
+from mmdit.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, sweep_temporaries
 from mmdit.config import ConfigError, RunConfig, differences, load_config, to_tree, to_yaml
-from mmdit.denoiser import unwrap
-from mmdit.diffusion import Schedule, build_schedule, equidistant_levels, loss_by_level
-from mmdit.encoders.text import TextEncoders
-from mmdit.encoders.vae import AutoencoderKL
+from mmdit.diffusion import build_schedule
 from mmdit.models import build_denoiser
-from mmdit.pipeline import Stopped, TextToImage, configure_cpu, image_grid, save_image
-from mmdit.train.ema import EMA
-from mmdit.train.optim import build_optimizer, load_optimizer, lr_at, optimizer_tensors, set_lr
+from mmdit.pipeline import configure_cpu
+from mmdit.train.ema import EMAs
+from mmdit.train.optim import build_optimizer, lr_at, set_lr
+from mmdit.train.run import Run, count_parameters, due, total_images
+from mmdit.train.saving import restore, save, save_or_go_on
+from mmdit.train.sharding import prepare_blocks, shard
 from mmdit.train.sources import build_sources
-from mmdit.train.step import BatchDrawer, NonFiniteLossError, Prefetcher, micro_positions, update
+from mmdit.train.step import BatchDrawer, NonFiniteLossError, Prefetcher, StepResult, micro_positions, update
 from mmdit.train.tracking import Metrics, write_environment
+from mmdit.train.validation import evaluate
+from mmdit.train.watch import Watch, peak_tflops, training_flop
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
-VALIDATION_SEED = 0  # one noise for all runs and seeds, so that their validation losses compare
-SAMPLE_SEED = 0
 
 # what may change between the sessions of one run: nothing here alters an update already made
 RESUMABLE = (
     "name", "sampling", "train.images", "train.log_every", "train.validate_every", "train.sample_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.val_images", "train.val_levels",
     "train.sample_prompts", "train.tensorboard", "train.cache_dir", "train.precompute", "train.num_processes",
+    "train.sharding", "train.shard_size", "train.accumulation", "train.compile", "train.activation_checkpointing",
+    "train.timeout", "train.max_skips", "train.save_retries", "train.wandb", "train.peak_tflops",
 )  # fmt: skip
+
+
+class OutOfMemoryError(RuntimeError):
+    """A training step did not fit into memory; the last checkpoint is untouched."""
 
 
 class Result(NamedTuple):
@@ -68,40 +65,6 @@ class Result(NamedTuple):
     images_seen: int
     seconds: float
     checkpoint: Path | None
-
-
-@dataclass
-class Run:
-    """The moving parts of one run. `seconds` is training time: evaluation, samples and checkpoints are not in it."""
-
-    config: RunConfig
-    run_dir: Path
-    accelerator: Accelerator
-    denoiser: nn.Module  # as accelerate prepared it; `unwrap` gives the module
-    optimizer: Any
-    ema: EMA
-    schedule: Schedule
-    vae: AutoencoderKL
-    text: TextEncoders
-    source: Any
-    validation: Any
-    prompts: list[str]
-    metrics: Metrics | None = None
-    step: int = 0
-    images_seen: int = 0
-    seconds: float = 0.0
-    saved_at: int = -1
-    evaluation_pending: bool = False  # interrupted between an update and its validation
-
-    @property
-    def module(self) -> nn.Module:
-        return unwrap(self.denoiser)
-
-    def log(self, kind: str, **values: Any) -> None:
-        if self.metrics is not None:
-            self.metrics.write(
-                kind, step=self.step, images_seen=self.images_seen, seconds=round(self.seconds, 3), **values
-            )
 
 
 def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress: bool = True) -> Result:
@@ -118,22 +81,25 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
 
     Raises:
         ConfigError: the folder belongs to a run with another config, or the number of processes is not the config's.
-        NonFiniteLossError: a loss or gradient that is not finite; names step, samples and the last good checkpoint.
-        CheckpointError: a checkpoint could not be written or read.
+        NonFiniteLossError: more than `train.max_skips` losses or gradients in a row that are not finite; names step,
+            samples and the last good checkpoint.
+        CheckpointError: a checkpoint could not be read, or more than `train.save_retries` in a row not be written.
+        OutOfMemoryError: a step does not fit into memory; says what to change.
     """
     run_dir = Path(run_dir)
     hardware = configure_cpu()
     AcceleratorState._reset_state()  # a singleton that would refuse a second run of another precision in one process
     mixed = "bf16" if config.train.precision == "bf16" else "no"
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout))
     # without cpu=True accelerate does not join the processes that torchrun started on a machine without GPU
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     if accelerator.num_processes != config.train.num_processes:
         raise ConfigError(
             f"train.num_processes is {config.train.num_processes}, but {accelerator.num_processes} process(es) run; "
             f"launch with: torchrun --nproc_per_node {config.train.num_processes} -m mmdit.train ..."
         )
     main = accelerator.is_main_process
-    checkpoint = open_run(config, run_dir, resume, main)
+    checkpoint = open_run(config, run_dir, resume, accelerator)
     accelerator.wait_for_everyone()
     if checkpoint is not None and finished(checkpoint, config):
         return Result(True, checkpoint.state["images_seen"], checkpoint.state["seconds"], checkpoint.path)
@@ -143,7 +109,8 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
         restore(run, checkpoint)
     if main:
         write_environment(run_dir, settings=hardware)
-        run.metrics = Metrics(run_dir, run.images_seen if checkpoint else None, config.train.tensorboard)
+        resumed_at = run.images_seen if checkpoint else None
+        run.metrics = Metrics(run_dir, resumed_at, config.train.tensorboard, config.train.wandb, config)
         run.log("event", event="resume" if checkpoint else "start", parameters=count_parameters(run.module))
     with interruptible(accelerator) as should_stop:
         try:
@@ -158,8 +125,9 @@ def loop(run: Run, should_stop: Callable[[], bool], progress: bool) -> Result:
     train, accelerator = run.config.train, run.accelerator
     budget = total_images(run.config)
     drawer = Prefetcher(BatchDrawer(run.source, run.text, run.schedule, run.config))
+    watch = build_watch(run)
     losses: list[float] = []
-    since_log, bar = run.seconds, _bar(budget, run.images_seen, progress)
+    bar = _bar(budget, run.images_seen, progress)
     if run.evaluation_pending and not evaluate(run, should_stop):
         return _interrupted(run, bar)
     try:
@@ -167,39 +135,31 @@ def loop(run: Run, should_stop: Callable[[], bool], progress: bool) -> Result:
             began = time.perf_counter()
             lr = lr_at(train, run.images_seen + train.batch_size)
             set_lr(run.optimizer, lr)
-            mine = micro_positions(run.config, run.images_seen, accelerator.process_index)
-            after = micro_positions(run.config, run.images_seen + train.batch_size, accelerator.process_index)
-            following = [*mine[1:], after[0] if run.images_seen + train.batch_size < budget else None]
-            try:
-                result = update(
-                    run.denoiser,
-                    run.optimizer,
-                    accelerator,
-                    [lambda p=p, f=f: drawer.take(p, f) for p, f in zip(mine, following, strict=True)],  # type: ignore
-                    run.schedule,
-                    run.config,
-                )
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(_last_words(run, str(error))) from None
-            run.ema.update()
-            run.step += 1
+            result = one_update(run, drawer, watch, budget)
             run.images_seen += train.batch_size
-            run.seconds += time.perf_counter() - began
-            losses.append(result.loss)
+            if result is not None:
+                run.emas.update()
+                run.step += 1
+                losses.append(result.loss)
+            elapsed = time.perf_counter() - began
+            run.seconds += elapsed
+            watch.seconds, watch.images = watch.seconds + elapsed, watch.images + train.batch_size
             bar.update(train.batch_size)
 
-            if due(train.log_every, run) or run.images_seen >= budget or run.step == 1:
-                speed = len(losses) * train.batch_size / max(run.seconds - since_log, 1e-9)
-                mean = float(np.mean(losses))
-                run.log("train", loss=mean, lr=lr, grad_norm=result.grad_norm, images_per_second=round(speed, 2))
-                bar.set_postfix(loss=f"{mean:.4f}", lr=f"{lr:.1e}")
-                losses, since_log = [], run.seconds
+            if logging_due(run, budget):
+                seen = watch.record(accelerator)
+                if result is not None and losses:
+                    mean = float(np.mean(losses))
+                    norms = {"grad_norm": result.grad_norm, "grad_norm_by_part": result.part_norms}
+                    run.log("train", loss=mean, lr=lr, **norms, **seen)
+                    bar.set_postfix(loss=f"{mean:.4f}", lr=f"{lr:.1e}")
+                    losses = []
             if not evaluate(run, should_stop):
                 return _interrupted(run, bar)
             if run.images_seen >= budget:
                 break
             if due(train.checkpoint_every, run) or due(train.keep_every, run):
-                save(run)
+                save_or_go_on(run)
             if should_stop():
                 return _interrupted(run, bar)
         path = save(run, complete=True)
@@ -209,23 +169,81 @@ def loop(run: Run, should_stop: Callable[[], bool], progress: bool) -> Result:
     return Result(True, run.images_seen, run.seconds, path)
 
 
+def one_update(run: Run, drawer: Prefetcher, watch: Watch, budget: int) -> StepResult | None:
+    """Make the next update; None where it was left out because its numbers were not finite.
+
+    Raises:
+        NonFiniteLossError: that happened more than `train.max_skips` times in a row.
+        OutOfMemoryError: it does not fit.
+    """
+    train, rank = run.config.train, run.accelerator.process_index
+    mine = micro_positions(run.config, run.images_seen, rank)
+    after = run.images_seen + train.batch_size
+    following = [*mine[1:], micro_positions(run.config, after, rank)[0] if after < budget else None]
+    batches: list[Any] = [lambda p=p, f=f: drawer.take(p, f) for p, f in zip(mine, following, strict=True)]
+    parts = logging_due(run, budget, ahead=train.batch_size)
+    try:
+        result = update(run.denoiser, run.optimizer, run.accelerator, batches, run.schedule, run.config, watch, parts)
+    except NonFiniteLossError as error:
+        run.skipped += 1
+        if run.skipped > train.max_skips:
+            raise NonFiniteLossError(_last_words(run, str(error))) from None
+        run.log("event", event="skipped", message=str(error))
+        if run.accelerator.is_main_process:
+            left = f"update left out, {run.skipped} in a row of at most {train.max_skips}"
+            print(f"\nimages {run.images_seen} to {after}: {error}; {left}", flush=True)
+        return None
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(_too_large(run, error)) from error
+    run.skipped = 0
+    return result
+
+
+def logging_due(run: Run, budget: int, ahead: int = 0) -> bool:
+    """Say whether a record is written at the images seen now, or after `ahead` more."""
+    now, every, batch = run.images_seen + ahead, run.config.train.log_every, run.config.train.batch_size
+    return (every > 0 and now // every > (now - batch) // every) or now >= budget or now == batch
+
+
+def build_watch(run: Run) -> Watch:
+    """Make the watch of a run: FLOP per image counted on a batch of its own."""
+    train, device = run.config.train, run.accelerator.device
+    latents, conditioning = run.source.batch(np.arange(1))
+    return Watch(device, training_flop(run.module, latents, conditioning), peak_tflops(device, train.peak_tflops))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell a full memory from other errors: CUDA has a class for it, the CPU allocator a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "not enough memory" in str(error) or "out of memory" in str(error)
+
+
 # --- beginning and going on ---------------------------------------------------------------------------------------
 
 
-def open_run(config: RunConfig, run_dir: Path, resume: str, main: bool) -> Checkpoint | None:
+def open_run(config: RunConfig, run_dir: Path, resume: str, accelerator: Accelerator) -> Checkpoint | None:
     """Make or enter a run folder and return the checkpoint to go on from."""
-    if main:
+    main = accelerator.is_main_process
+    problems: list[str] = []
+    latest = None
+    if main:  # one process verifies for all
         run_dir.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(run_dir)
-    problems: list[str] = []
-    latest = latest_checkpoint(run_dir, problems.append)
-    for problem in problems if main else ():
-        print(problem, flush=True)
+        latest = latest_checkpoint(run_dir, problems.append)
+        for problem in problems:
+            print(problem, flush=True)
+    latest, problems = broadcast_object_list([latest, problems])
     if latest is None and problems:
         raise CheckpointError(run_dir, "none of its checkpoints verifies", "Train into a new folder with --out")
     if latest is not None and resume == "never":
         raise ConfigError(f"{run_dir} already holds checkpoints ({latest.name}); choose another --out or resume auto")
-    checkpoint = None if latest is None else load_checkpoint(latest)
+    checkpoint = None
+    if latest is not None:  # shards are read later, by each process its own
+        own_part = config.train.sharding != "none" and (latest / "model").is_dir()
+        checkpoint = load_checkpoint(latest, () if own_part else None, verified=True)
     stored = run_dir / "config.yaml"
     before = (
         checkpoint.config if checkpoint else load_config(stored) if stored.is_file() and resume != "never" else None
@@ -254,12 +272,16 @@ def build_run(config: RunConfig, run_dir: Path, accelerator: Accelerator, progre
     with accelerator.main_process_first():  # one process encodes, the others then find its cache
         sources = build_sources(config, run_dir, accelerator.device, progress)
     denoiser = build_seeded(config).to(accelerator.device)
-    if config.train.compile:
-        denoiser.compile()
-    ema = EMA(denoiser, config.train.ema_decay)
-    prepared, optimizer = accelerator.prepare(denoiser, build_optimizer(denoiser, config.train))
+    prepare_blocks(denoiser, config.train)
+    sharding = config.train.sharding != "none"
+    if sharding:
+        shard(denoiser, config.train, accelerator.device)
+    emas = EMAs(denoiser, config.train)
+    optimizer = accelerator.prepare_optimizer(build_optimizer(denoiser, config.train))
+    # "evaluation" leaves out DistributedDataParallel, which a sharded model does not need; autocast it gets
+    prepared = accelerator.prepare_model(denoiser, evaluation_mode=sharding)
     schedule = build_schedule(config.diffusion.schedule)
-    return Run(config, run_dir, accelerator, prepared, optimizer, ema, schedule, *sources)
+    return Run(config, run_dir, accelerator, prepared, optimizer, emas, schedule, *sources)
 
 
 def build_seeded(config: RunConfig) -> nn.Module:
@@ -269,141 +291,9 @@ def build_seeded(config: RunConfig) -> nn.Module:
         return build_denoiser(config.model)
 
 
-def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put everything back as it was, bit for bit."""
-    tensors, state = checkpoint.tensors, checkpoint.state
-    try:
-        run.module.load_state_dict(tensors["model"])
-        run.ema.load(tensors["ema"], state["ema_updates"])
-        load_optimizer(_raw(run.optimizer), run.module, tensors["optimizer"])
-        run.step, run.images_seen, run.seconds = state["step"], state["images_seen"], state["seconds"]
-        run.evaluation_pending = state["evaluation_pending"]
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointError(checkpoint.path, f"does not fit this run ({error})", "Was the model changed?") from error
-    run.saved_at = run.images_seen
-
-
 def finished(checkpoint: Checkpoint, config: RunConfig) -> bool:
     """Say whether a run has spent its budget; with a larger `train.images` a finished run goes on."""
     return bool(checkpoint.state["complete"]) and checkpoint.state["images_seen"] >= total_images(config)
-
-
-def total_images(config: RunConfig) -> int:
-    """Return the images a run sees: whole batches, the budget rounded down."""
-    return config.train.images // config.train.batch_size * config.train.batch_size
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Count the numbers a module trains."""
-    return sum(p.numel() for p in module.parameters())
-
-
-# --- what happens between updates -----------------------------------------------------------------------------------
-
-
-def due(every: int, run: Run) -> bool:
-    """Say whether the last batch crossed a multiple of `every` images; 0 is never."""
-    return every > 0 and run.images_seen // every > (run.images_seen - run.config.train.batch_size) // every
-
-
-def evaluate(run: Run, should_stop: Callable[[], bool]) -> bool:
-    """Validate and draw samples where they are due, with the EMA; return False where a signal cut it short."""
-    train = run.config.train
-    at_end = run.images_seen >= total_images(run.config)
-    validating = train.validate_every > 0 and (due(train.validate_every, run) or at_end)
-    sampling = train.sample_every > 0 and (due(train.sample_every, run) or at_end)
-    run.evaluation_pending = validating or sampling
-    with run.ema.swapped():
-        if validating and not validate(run, should_stop):
-            return False
-        if sampling and run.accelerator.is_main_process and not draw_samples(run, should_stop):
-            return False
-    run.evaluation_pending = False
-    return True
-
-
-def validate(run: Run, should_stop: Callable[[], bool]) -> bool:
-    """Log the loss at fixed levels of t on the validation split.
-
-    Source: arXiv:2403.03206v1, B.3: equidistant levels, their mean without the last one (t = 1).
-    """
-    train, accelerator = run.config.train, run.accelerator
-    levels = equidistant_levels(train.val_levels)
-    sums = torch.zeros(train.val_levels, dtype=torch.float64)
-    run.denoiser.eval()
-    mine = np.arange(accelerator.process_index, len(run.validation), accelerator.num_processes)
-    for start in range(0, len(mine), train.batch_size):
-        indices = mine[start : start + train.batch_size]
-        latents, conditioning = run.validation.batch(indices)
-        noise = torch.from_numpy(rng.normal(VALIDATION_SEED, "val_noise", indices, latents.shape[1:]))
-        losses = loss_by_level(
-            run.denoiser, latents.to(accelerator.device), conditioning.to(accelerator.device),
-            noise.to(accelerator.device), levels, run.schedule, run.config.diffusion.prediction,
-        )  # [levels, B]  # fmt: skip
-        sums += losses.double().sum(1).cpu()
-        if should_stop():
-            return False
-    total = accelerator.reduce(sums.to(accelerator.device), "sum").cpu() / len(run.validation)
-    by_level = total.tolist()
-    run.log("validation", loss=float(np.mean(by_level[:-1])), loss_by_level=by_level, levels=levels.tolist())
-    return True
-
-
-def draw_samples(run: Run, should_stop: Callable[[], bool]) -> bool:
-    """Save a grid of images of the fixed prompts under samples/."""
-    config = run.config
-    pipeline = TextToImage(
-        run.module, run.vae, run.text, run.schedule, config.diffusion.prediction, config.sampling, config.encoders,
-        precision=config.train.precision, size=config.data.resolution,
-    )  # fmt: skip
-    # a signal is answered by all processes together elsewhere; alone, this one may answer at once
-    alone = should_stop if run.accelerator.num_processes == 1 else None
-    try:
-        images = pipeline(run.prompts, seed=SAMPLE_SEED, should_stop=alone)
-    except Stopped:
-        return False
-    settings = pipeline.settings(seed=SAMPLE_SEED, prompts=run.prompts, images_seen=run.images_seen, run=config.name)
-    save_image(image_grid(images), run.run_dir / "samples" / f"{run.images_seen:012d}.png", settings)
-    return True
-
-
-def save(run: Run, complete: bool = False) -> Path:
-    """Write a checkpoint, then prune; of a finished run also `complete.json`."""
-    path = run.run_dir / "checkpoints" / f"{run.images_seen:012d}"
-    train = run.config.train
-    if run.accelerator.is_main_process and (run.saved_at != run.images_seen or complete):
-        tensors = {
-            "model": tensors_of(run.module),
-            "ema": run.ema.state_dict(run.module),
-            "optimizer": optimizer_tensors(_raw(run.optimizer), run.module),
-        }
-        state = {
-            "step": run.step,
-            "seconds": run.seconds,
-            "ema_updates": run.ema.updates,
-            "evaluation_pending": run.evaluation_pending,
-            "complete": complete,
-        }
-        path = save_checkpoint(run.run_dir, run.images_seen, tensors, state, run.config)
-        run.saved_at = run.images_seen
-        every = train.keep_every
-        prune_checkpoints(run.run_dir, train.keep_checkpoints, lambda n: every > 0 and n % every < train.batch_size)
-        if complete:
-            record = {
-                "images_seen": run.images_seen,
-                "step": run.step,
-                "seconds": run.seconds,
-                "parameters": count_parameters(run.module),
-                "checkpoint": path.name,
-            }
-            (run.run_dir / "complete.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-            run.log("event", event="complete")
-    run.accelerator.wait_for_everyone()
-    return path
-
-
-def _raw(optimizer: Any) -> torch.optim.Optimizer:
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _bar(total: int, done: int, progress: bool) -> Any:
@@ -427,6 +317,20 @@ def _last_words(run: Run, reason: str) -> str:
     )
     run.log("event", event="non_finite", message=message)
     return message
+
+
+def _too_large(run: Run, error: BaseException) -> str:
+    """Say what to change where a step does not fit into memory."""
+    train = run.config.train
+    share = train.batch_size // train.accumulation // train.num_processes
+    good = latest_checkpoint(run.run_dir)
+    run.log("event", event="out_of_memory", message=str(error))
+    return (
+        f"out of memory at {share} images a process and forward ({str(error).splitlines()[0][:200]}). Halve that with "
+        f"--train.accumulation {2 * train.accumulation}: the global batch of {train.batch_size} and the run's numbers "
+        f"stay; or set --train.activation_checkpointing true, or --train.sharding fsdp2 on several processes. "
+        f"Last good checkpoint: {good or 'none yet'}"
+    )
 
 
 @contextmanager

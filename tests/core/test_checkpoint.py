@@ -149,7 +149,7 @@ def test_a_missing_run_is_answered_with_the_runs_there_are(tmp_path):
 
 
 # each function that touches the disk while a checkpoint is written; the process dies at its n-th call
-HOOKS = ["save_file", "_write", "_sync", "_fingerprint", "_put_in_place"]
+HOOKS = ["save_file", "write_text", "sync", "fingerprint", "put_in_place"]
 
 
 class Killed(BaseException):
@@ -219,9 +219,9 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_nothing_behind(tmp_path
 
 def test_every_file_is_synced_before_the_rename(tmp_path, monkeypatch):
     synced = []
-    sync, place = room._sync, room._put_in_place
-    monkeypatch.setattr(room, "_sync", lambda path: (synced.append(path.name), sync(path)))
-    monkeypatch.setattr(room, "_put_in_place", lambda a, b: (synced.append("RENAME"), place(a, b)))
+    sync, place = room.sync, room.put_in_place
+    monkeypatch.setattr(room, "sync", lambda path: (synced.append(path.name), sync(path)))
+    monkeypatch.setattr(room, "put_in_place", lambda a, b: (synced.append("RENAME"), place(a, b)))
     save(tmp_path, 8)
     before = synced[: synced.index("RENAME")]
     files = {"model.safetensors", "ema.safetensors", "state.json", "config.yaml", "manifest.json"}

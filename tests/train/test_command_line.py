@@ -76,7 +76,8 @@ def config_file(tmp_path, micro):
 def test_a_dry_run_counts_and_trains_nothing(tmp_path, config_file, micro, capsys):
     import torch
 
-    from mmdit.train.trainer import build_seeded, count_parameters
+    from mmdit.train.run import count_parameters
+    from mmdit.train.trainer import build_seeded
 
     assert main([config_file, "--dry-run", "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out

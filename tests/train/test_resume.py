@@ -139,7 +139,7 @@ def test_a_finished_run_goes_on_with_a_larger_budget_and_refuses_another_config(
 
 
 def test_a_signal_during_validation_saves_and_the_next_session_validates(tmp_path, micro, monkeypatch):
-    import mmdit.train.trainer as room
+    import mmdit.train.validation as room
 
     config = micro({"train": {"validate_every": 24}})
     original = room.loss_by_level

@@ -55,10 +55,10 @@ def test_two_backbones_see_the_same_images_noise_t_and_dropout(tmp_path, micro, 
     seen = {}
     original = room.update
 
-    def update(denoiser, optimizer, accelerator, batches, schedule, config):
+    def update(denoiser, optimizer, accelerator, batches, schedule, config, *watching):
         taken = [take() for take in batches]
         seen.setdefault(config.model.name, []).append(taken[0])
-        return original(denoiser, optimizer, accelerator, [lambda b=b: b for b in taken], schedule, config)
+        return original(denoiser, optimizer, accelerator, [lambda b=b: b for b in taken], schedule, config, *watching)
 
     monkeypatch.setattr(room, "update", update)
     for name, changes in (("mmdit", {}), ("unet", {"model": micro_unet})):

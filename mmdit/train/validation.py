@@ -1,0 +1,86 @@
+"""What happens between updates besides saving: the loss at fixed levels of t, and pictures of fixed prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from mmdit import rng
+from mmdit.diffusion import equidistant_levels, loss_by_level
+from mmdit.pipeline import Stopped, TextToImage, image_grid, save_image
+from mmdit.train.run import Run, due, total_images
+
+VALIDATION_SEED = 0  # one noise for all runs and seeds, so that their validation losses compare
+SAMPLE_SEED = 0
+
+
+def evaluate(run: Run, should_stop: Callable[[], bool]) -> bool:
+    """Validate and draw samples where they are due, with the EMA; return False where a signal cut it short."""
+    train = run.config.train
+    at_end = run.images_seen >= total_images(run.config)
+    validating = train.validate_every > 0 and (due(train.validate_every, run) or at_end)
+    sampling = train.sample_every > 0 and (due(train.sample_every, run) or at_end)
+    run.evaluation_pending = validating or sampling
+    with run.emas.main.swapped():
+        if validating and not validate(run, should_stop):
+            return False
+        # a sharded model is gathered by all processes together: then all draw, and one writes
+        if sampling and (run.sharded or run.accelerator.is_main_process) and not draw_samples(run, should_stop):
+            return False
+    run.evaluation_pending = False
+    return True
+
+
+def validate(run: Run, should_stop: Callable[[], bool]) -> bool:
+    """Log the loss at fixed levels of t on the validation split.
+
+    Every process makes the same number of forwards, for each asks the others something (a sharded model its
+    parameters, a signal whether to stop): one without images left repeats its last and does not count it.
+
+    Source: arXiv:2403.03206v1, B.3: equidistant levels, their mean without the last one (t = 1).
+    """
+    train, accelerator = run.config.train, run.accelerator
+    levels = equidistant_levels(train.val_levels)
+    sums = torch.zeros(train.val_levels, dtype=torch.float64)
+    run.denoiser.eval()
+    rounds, world = np.arange(len(run.validation)), accelerator.num_processes
+    for start in range(0, len(rounds), train.batch_size * world):
+        mine = rounds[start + accelerator.process_index : start + train.batch_size * world : world]
+        indices = mine if len(mine) else rounds[:1]
+        latents, conditioning = run.validation.batch(indices)
+        noise = torch.from_numpy(rng.normal(VALIDATION_SEED, "val_noise", indices, latents.shape[1:]))
+        losses = loss_by_level(
+            run.denoiser, latents.to(accelerator.device), conditioning.to(accelerator.device),
+            noise.to(accelerator.device), levels, run.schedule, run.config.diffusion.prediction,
+        )  # [levels, B]  # fmt: skip
+        if len(mine):
+            sums += losses.double().sum(1).cpu()
+        if should_stop():
+            return False
+    total = accelerator.reduce(sums.to(accelerator.device), "sum").cpu() / len(run.validation)
+    by_level = total.tolist()
+    run.log("validation", loss=float(np.mean(by_level[:-1])), loss_by_level=by_level, levels=levels.tolist())
+    return True
+
+
+def draw_samples(run: Run, should_stop: Callable[[], bool]) -> bool:
+    """Save a grid of images of the fixed prompts under samples/."""
+    config = run.config
+    pipeline = TextToImage(
+        run.module, run.vae, run.text, run.schedule, config.diffusion.prediction, config.sampling, config.encoders,
+        precision=config.train.precision, size=config.data.resolution,
+    )  # fmt: skip
+    # a signal is answered by all processes together elsewhere; alone, this one may answer at once
+    alone = should_stop if run.accelerator.num_processes == 1 else None
+    try:
+        images = pipeline(run.prompts, seed=SAMPLE_SEED, should_stop=alone)
+    except Stopped:
+        return False
+    if run.accelerator.is_main_process:
+        settings = pipeline.settings(
+            seed=SAMPLE_SEED, prompts=run.prompts, images_seen=run.images_seen, run=config.name
+        )
+        save_image(image_grid(images), run.run_dir / "samples" / f"{run.images_seen:012d}.png", settings)
+    return True
