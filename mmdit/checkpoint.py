@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmdit.config import ConfigError, RunConfig, resolve, to_yaml
+from mmdit.registry import lookup
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -224,6 +225,27 @@ def verify_checkpoint(path: str | Path, only: Callable[[str], bool] = lambda nam
         if name not in entries:
             raise CheckpointError(path, f"lacks its file {name!r}", _HINT)
     return list(entries)
+
+
+def weights_stem(weights: str) -> str:
+    """Return the file stem of a kind of weights: `ema` (the average), `ema-<name>` (a further one), `raw`.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if weights.startswith("ema-"):
+        return weights
+    return lookup({"ema": "ema", "raw": "model"}, weights, "kind of weights")
+
+
+def checkpoint_hash(path: str | Path, stem: str = "ema") -> str:
+    """Return the SHA-256 of a checkpoint's weights as its manifest gives it; of shards, that of their hashes."""
+    files = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))["files"]
+    whole = files.get(f"{stem}.safetensors")
+    if whole is not None:
+        return str(whole["sha256"])
+    parts = [entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(f"{stem}/")]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:

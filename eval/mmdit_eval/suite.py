@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from mmdit import rng
-from mmdit.checkpoint import find_checkpoint
+from mmdit.checkpoint import checkpoint_hash, find_checkpoint, weights_stem
 from mmdit.config import ConfigError, EncodersConfig, RunConfig, SuiteConfig, load_config, to_tree
 from mmdit.data import make_dataset
 from mmdit.diffusion import build_schedule
 from mmdit.encoders.text import TextEncoders, load_text_encoders
 from mmdit.encoders.vae import AutoencoderKL, load_run_vae, to_images, to_pixels
-from mmdit.pipeline import TextToImage, checkpoint_hash, configure_cpu, save_image
+from mmdit.pipeline import TextToImage, configure_cpu, save_image
 from mmdit.registry import lookup
 from mmdit_eval.comparison import compare, read_result, write_result
 from mmdit_eval.features import hash_tensors, load_extractor
@@ -88,7 +88,7 @@ def evaluate_run(
     used = {split: reference.head(count) for split, reference in references.items()}
     stamp = make_stamp(config, suite, used)
     out = run_dir / "eval" / f"{suite.name}-{path.name}.json"
-    weights_hash = checkpoint_hash(path, "ema" if suite.weights == "ema" else "model")
+    weights_hash = checkpoint_hash(path, weights_stem(suite.weights))
     known = read_result(out)
     same = known is not None and known["stamp"] == stamp and known["checkpoint_sha256"] == weights_hash
     if known is not None and same and all((run_dir / file).is_file() for file in known["samples"]):

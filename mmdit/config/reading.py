@@ -129,20 +129,48 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 DEFAULT_MODEL = {"name": "mmdit", "preset": "tiny"}
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
-    """Read a run's YAML, lay overrides on it, fill presets and widths, validate.
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    hardware: str | Path | None = None,
+) -> RunConfig:
+    """Read a run's YAML, lay hardware and overrides on it, fill presets and widths, validate.
 
     Args:
         path: YAML file, or None for the defaults.
         overrides: command-line words (`["--train.lr", "2e-4"]`) or a tree.
+        hardware: YAML file of `configs/hardware/`: what a machine changes about a run, and nothing that it learns.
 
     Raises:
         ConfigError: unknown field, wrong type, impossible combination; with file, dotted path and nearest name.
         FileNotFoundError: no such file.
     """
     tree = read_tree(path) if path is not None else {}
+    if hardware is not None:
+        tree = merge(tree, _read_hardware(hardware))
     extra = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
     return resolve(merge({"model": DEFAULT_MODEL, **tree}, extra), source=str(path or "defaults"))
+
+
+HARDWARE_FIELDS = (
+    "num_processes", "sharding", "shard_size", "accumulation", "compile", "activation_checkpointing", "timeout",
+    "peak_tflops",
+)  # fmt: skip
+
+
+def _read_hardware(path: str | Path) -> dict[str, Any]:
+    """Read a hardware file; it may set the fields of `train` that leave a run's numbers alone (but for rounding)."""
+    tree = read_yaml(path)
+    inner = tree.get("train")
+    named = [f"train.{name}" for name in inner] if isinstance(inner, Mapping) else []
+    foreign = [name for name in tree if name != "train"]
+    foreign += [name for name in named if name.removeprefix("train.") not in HARDWARE_FIELDS]
+    if foreign:
+        raise ConfigError(
+            f"{path}: a hardware file sets {', '.join(f'train.{name}' for name in HARDWARE_FIELDS)} only, got "
+            f"{', '.join(foreign)}; put those into the run's own config"
+        )
+    return tree
 
 
 def resolve(tree: Mapping[str, Any], source: str = "config") -> RunConfig:

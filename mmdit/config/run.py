@@ -101,7 +101,7 @@ class SuiteConfig(Config):
     batch_size: PositiveInt = 128
     seed: NonNegativeInt = 1234
     extractor: str = "tiny_clip"
-    weights: Literal["ema", "raw"] = "ema"
+    weights: Annotated[str, Field(pattern=r"^(raw|ema(-[a-z0-9_]+)?)$")] = "ema"  # ema-<name>: one of train.more_emas
     sampling: SamplingConfig | None = None
     snapshot_images: NonNegativeInt = 0  # images per split at each kept earlier checkpoint; 0: final only
     grid_prompts: PositiveInt = 16  # pictures in the report's grid

@@ -5,12 +5,11 @@ from __future__ import annotations
 from mmdit.pipeline.folder import sample_to_folder
 from mmdit.pipeline.machine import configure_cpu
 from mmdit.pipeline.pictures import image_grid, save_image, to_pil
-from mmdit.pipeline.text_to_image import Stopped, TextToImage, checkpoint_hash, load_encoders
+from mmdit.pipeline.text_to_image import Stopped, TextToImage, load_encoders
 
 __all__ = [
     "Stopped",
     "TextToImage",
-    "checkpoint_hash",
     "configure_cpu",
     "image_grid",
     "load_encoders",

@@ -9,7 +9,6 @@ machine; padding that a longer neighbour brings into its batch is masked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit import rng
-from mmdit.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from mmdit.checkpoint import CheckpointError, checkpoint_hash, find_checkpoint, load_checkpoint, weights_stem
 from mmdit.config import EncodersConfig, RunConfig, SamplingConfig, UNetConfig
 from mmdit.denoiser import Conditioning
 from mmdit.diffusion import Schedule, build_schedule
@@ -28,8 +27,6 @@ from mmdit.encoders.vae import AutoencoderKL, load_run_vae, to_images
 from mmdit.models import build_denoiser
 from mmdit.registry import lookup
 from mmdit.sampling import GRIDS, SAMPLERS, guided_denoise, sampler_options
-
-WEIGHTS = {"ema": "ema", "raw": "model"}  # which file of a checkpoint
 
 
 class Stopped(RuntimeError):
@@ -95,7 +92,7 @@ class TextToImage:
             FileNotFoundError: no such run; the runs there are stand in the message.
             CheckpointError: no checkpoint, or one that does not verify.
         """
-        stem = lookup(WEIGHTS, weights, "kind of weights")
+        stem = weights_stem(weights)
         checkpoint = load_checkpoint(find_checkpoint(path), stems=[stem])
         config = checkpoint.config
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -299,9 +296,3 @@ def load_encoders(
     vae = vae if vae is not None else load_run_vae(encoders)
     text = text if text is not None else load_text_encoders(encoders.text, t5_length=encoders.t5_length)
     return vae, text
-
-
-def checkpoint_hash(path: Path, stem: str = "ema") -> str:
-    """Return the SHA-256 of a checkpoint's weights, as its manifest gives it."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    return str(manifest["files"][f"{stem}.safetensors"]["sha256"])

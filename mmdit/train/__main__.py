@@ -26,6 +26,8 @@ class Arguments:
     """Run folder; default runs/<name>-s<seed>."""
     cache: Path | None = None
     """Folder for latents and text states, shared between runs; default <run>/cache."""
+    hardware: Path | None = None
+    """YAML of configs/hardware/: processes, sharding, compilation; leaves what is learnt alone."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint; never: refuse a folder that has one."""
     dry_run: bool = False
@@ -73,7 +75,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.cache is not None:
         overrides += ["--train.cache_dir", str(arguments.cache)]
     try:
-        config = load_config(arguments.config, overrides)
+        config = load_config(arguments.config, overrides, arguments.hardware)
     except (ConfigError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -208,3 +208,23 @@ def test_the_quickstarts_statistics_are_those_of_its_data():
         latents = load_run_vae(config.encoders).encode(to_pixels(images))
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.1
     assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "hardware").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_hardware_file_changes_processes_and_nothing_that_is_learnt(path):
+    from mmdit.config import differences, load_config, to_tree
+    from mmdit.train.trainer import RESUMABLE
+
+    plain = load_config(ROOT / "configs/train/quickstart.yaml", ["--train.batch_size", "64"])
+    laid = load_config(ROOT / "configs/train/quickstart.yaml", ["--train.batch_size", "64"], path)
+    changed = differences(to_tree(plain), to_tree(laid))
+    assert all(field in RESUMABLE for field in changed)
+    assert laid.train.num_processes == {"cpu2": 2, "gpu1": 1}.get(path.stem, 8 if "gpu8" in path.stem else 32)
+
+
+def test_a_hardware_file_that_sets_a_learning_rate_is_refused(tmp_path):
+    from mmdit.config import ConfigError, load_config
+
+    (tmp_path / "mine.yaml").write_text("train: {num_processes: 2, lr: 1.0}")
+    with pytest.raises(ConfigError, match=r"got train\.lr; put those into the run's own config"):
+        load_config(None, {}, tmp_path / "mine.yaml")

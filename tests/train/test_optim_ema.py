@@ -126,3 +126,39 @@ def test_the_module_runs_on_the_averages_inside_and_on_its_parameters_after():
     state = ema.state_dict(net)
     assert state.keys() == net.state_dict().keys()
     assert not state["conv.weight"].any()
+
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+def test_the_power_average_weighs_past_parameters_by_their_time_to_the_gamma(sigma_rel, gamma):
+    """Gammas as published (arXiv:2312.02696, section 3.1); weights from the closed form, in float64."""
+    from mmdit.train.ema import power_of
+
+    assert power_of(sigma_rel) == pytest.approx(gamma, abs=0.01)
+    exact = power_of(sigma_rel)
+    net = nn.Linear(1, 1, bias=False).double()
+    ema = EMA(net, sigma_rel=sigma_rel)
+    seen = []
+    for _ in range(60):
+        with torch.no_grad():
+            net.weight.copy_(torch.randn(1, 1, dtype=torch.float64))
+        seen.append(float(net.weight.detach()))
+        ema.update()
+    weights = []
+    for n in range(60):  # update n enters with 1 - decay_n and is shrunk by every later decay
+        later = [(1 - 1 / (m + 1)) ** (exact + 1) for m in range(n + 1, 60)]
+        weights.append((1 - (1 - 1 / (n + 1)) ** (exact + 1)) * math.prod(later))
+    assert sum(weights) == pytest.approx(1.0)
+    assert float(ema.averages[0]) == pytest.approx(sum(w * x for w, x in zip(weights, seen, strict=True)), abs=1e-12)
+    # the continuous profile: share of the weight before time u is u^(gamma + 1)
+    assert sum(weights[:48]) == pytest.approx((48 / 60) ** (exact + 1), abs=1e-9)
+
+
+def test_an_average_that_says_both_or_nothing_is_refused():
+    from mmdit.config import ConfigError, load_config
+
+    with pytest.raises(ConfigError, match="give one of decay"):
+        load_config(None, {"train": {"more_emas": {"a": {}}}})
+    with pytest.raises(ConfigError, match="a-z, 0-9"):
+        load_config(None, {"train": {"more_emas": {"a b": {"decay": 0.9}}}})
+    with pytest.raises(ValueError, match="sigma_rel must lie between"):
+        EMA(Net(), sigma_rel=0.3)
