@@ -33,6 +33,7 @@ from mmdit.encoders.tokenizers import (
     T5_END,
     T5_PAD,
     TINY,
+    ReleasedT5Tokenizer,
     T5Tokenizer,
     pad,
 )
@@ -330,8 +331,11 @@ class TextEncoders:
                 for key, tensor in sorted(tensors.items()):
                     digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
                     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            if isinstance(self.tokenizers.get("t5"), T5Tokenizer):
-                digest.update(self.tokenizers["t5"].fingerprint.encode())
+            t5 = self.tokenizers.get("t5")
+            if isinstance(t5, T5Tokenizer | ReleasedT5Tokenizer):
+                digest.update(t5.fingerprint.encode())
+            if not all(getattr(self.tokenizers.get(name), "cleaned", True) for name in CLIPS):
+                digest.update(b"prompts are read as released")
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 

@@ -1,7 +1,12 @@
 """Text to ids: the real CLIP byte-pair vocabulary (packaged) and T5's sentencepiece.
 
-Both hand out plain id lists without padding; padding is `encoders.text`'s business, because SD3's CLIP-L pads with
+All hand out plain id lists without padding; padding is `encoders.text`'s business, because SD3's CLIP-L pads with
 49407 and its CLIP-G with 0, and a tokenizer told `pad_token="!"` (id 0) turns every "!" of a caption into padding.
+
+Two readings of a text. Training captions are cleaned (mojibake, HTML entities), and special tokens written in them are
+text. The releases read prompts as transformers' tokenizers do: nothing is repaired, "&amp;" stays five characters, and
+a written "<|endoftext|>" or "</s>" is that token and ends the text. Released encoders therefore get the tokenizers
+that say `cleaned=False` or `ReleasedT5Tokenizer`.
 """
 
 from __future__ import annotations
@@ -9,6 +14,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import html
+import json
+import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -42,9 +49,15 @@ class ClipTokenizer:
 
     Args:
         path: None for the packaged vocabulary, else a folder in the Hugging Face layout.
+        cleaned: read texts as training captions; False: as the releases read prompts, see the module's text.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: its files do not hold CLIP's vocabulary.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, *, cleaned: bool = True) -> None:
+        self.cleaned = cleaned
         self._tokenizer = _clip_from_package() if path is None else _clip_from_folder(Path(path))
         if len(self._tokenizer) != CLIP_VOCAB_SIZE or self([_GOLDEN_TEXT]) != [_GOLDEN_IDS]:
             raise ValueError(
@@ -64,7 +77,8 @@ class ClipTokenizer:
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         # "<|endoftext|>" written in a caption is text: it must not end the caption early
-        rows = self._tokenizer([clean(prompt) for prompt in prompts], truncation=False, split_special_tokens=True)
+        texts = [clean(prompt) for prompt in prompts] if self.cleaned else list(prompts)
+        rows = self._tokenizer(texts, truncation=False, split_special_tokens=self.cleaned, verbose=False)
         return list(rows["input_ids"])
 
     def id_to_piece(self, index: int) -> str:
@@ -97,7 +111,10 @@ def _clip_from_folder(path: Path) -> Any:
 
     if not path.is_dir():
         raise FileNotFoundError(f"no tokenizer folder {path}; leave it out to use the packaged CLIP vocabulary")
-    return CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
+    loaded = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
+    # SDXL's and SD3's tokenizer_2 make "!" a special token, to pad with it: every "!" of a prompt would be id 0
+    model = json.loads(loaded.backend_tokenizer.to_str())["model"]
+    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
 
 
 class T5Tokenizer:
@@ -139,6 +156,68 @@ class T5Tokenizer:
     def fingerprint(self) -> str:
         """Hash of the model file."""
         return hashlib.sha256(self._bytes).hexdigest()
+
+
+class ReleasedT5Tokenizer:
+    """T5's pieces as transformers cuts them: sentencepiece, and special tokens wherever they are written.
+
+    Args:
+        path: a `spiece.model` or `tokenizer.json` file, or a folder that holds one (a release's `tokenizer_3`).
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: the file is not T5's.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        there = [name for name in ("spiece.model", "tokenizer.json") if (path / name).is_file()]
+        if not (there if path.is_dir() else path.is_file()):
+            raise FileNotFoundError(
+                f"no T5 tokenizer at {path}: expected spiece.model or tokenizer.json of google/t5-v1_1-xxl, or a "
+                f"folder that holds one (a release's tokenizer_3)"
+            )
+        self._tokenizer = _t5_from(path)
+        special = tuple(getattr(self._tokenizer, f"{name}_token_id") for name in ("pad", "eos", "unk"))
+        ids = self([_GOLDEN_TEXT], 99)[0]
+        if special != (T5_PAD, T5_END, T5_UNKNOWN) or set(ids) <= {T5_UNKNOWN, T5_END}:
+            raise ValueError(
+                f"{path} is no T5 tokenizer: its pad, end and unknown ids are {special}, T5's are "
+                f"{(T5_PAD, T5_END, T5_UNKNOWN)}, and it encodes {_GOLDEN_TEXT!r} as {ids}"
+            )
+
+    def __call__(self, prompts: Sequence[str], length: int) -> list[list[int]]:
+        """Encode and append the end token; longer prompts keep their first `length - 1` ids and the end token."""
+        rows = self._tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
+        return [row if len(row) <= length else [*row[: length - 1], T5_END] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def id_to_piece(self, index: int) -> str:
+        """Return the piece of one id; word-initial pieces begin with U+2581."""
+        return self._tokenizer.convert_ids_to_tokens(index)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the vocabulary and of the rules that cut a text."""
+        return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _t5_from(path: Path) -> Any:
+    """Build transformers' tokenizer; it reads folders only, and only files of the right name."""
+    from transformers import T5Tokenizer as Reference
+
+    with tempfile.TemporaryDirectory() as copy:
+        folder = path
+        if not path.is_dir():
+            folder = Path(copy)
+            name = "tokenizer.json" if path.suffix == ".json" else "spiece.model"
+            (folder / name).write_bytes(path.read_bytes())
+        try:
+            return Reference.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # transformers and protobuf raise what they like on a damaged file
+            raise ValueError(f"{path} does not hold T5's spiece.model or tokenizer.json: {error}") from error
 
 
 def train_t5_pieces(sentences: Sequence[str], path: str | Path, size: int = 1000, words: Sequence[str] = ()) -> None:

@@ -10,6 +10,7 @@ from mmdit.encoders.tokenizers import (
     T5_END,
     TINY,
     ClipTokenizer,
+    ReleasedT5Tokenizer,
     T5Tokenizer,
     clean,
     pad,
@@ -155,3 +156,114 @@ def test_a_model_with_other_special_ids_is_refused(tmp_path):
 
 def test_pad_fills_up_on_the_right():
     assert pad([[5, 6], [7]], 9, 3).tolist() == [[5, 6, 9], [7, 9, 9]]
+
+
+# --- as the releases read prompts ---------------------------------------------------------------------------------
+
+PROMPTS = [
+    *HARD,
+    "</s> a cat <pad> <extra_id_0> b",
+    "cat</s>dog",
+    "a\u00a0b\u3000c\u200bd\u2028e",
+    "nul\x00x\x07y",
+    "ｆｕｌｌ ｗｉｄｔｈ, e\u0301 combining, \ufeffbom",
+    "شجرة \u200frtl",
+    " \t\n",
+]
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    """transformers' own CLIP tokenizer over the packaged vocabulary, built here and not by the library."""
+    import gzip
+
+    from transformers import CLIPTokenizer
+
+    from mmdit.encoders.tokenizers import BPE_FILE
+
+    lines = gzip.decompress(BPE_FILE.read_bytes()).decode().split("\n")[1 : 49_408 - 514 + 1]
+    byte_names = dict(zip([*range(33, 127), *range(161, 173), *range(174, 256)], [""] * 188, strict=True))
+    letters = [chr(b) for b in byte_names] + [chr(256 + i) for i in range(68)]
+    pieces = [*letters, *(f"{c}</w>" for c in letters), *(line.replace(" ", "") for line in lines)]
+    vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(line.split()) for line in lines])
+
+
+@pytest.mark.parametrize("text", PROMPTS, ids=lambda text: repr(text[:16]))
+def test_released_clip_ids_are_those_of_transformers(packaged, text):
+    theirs = packaged(text, truncation=True, max_length=77)["input_ids"]
+    assert ClipTokenizer(cleaned=False)([text]) == [theirs]
+
+
+def test_the_two_readings_of_a_text_differ_where_they_should(clip):
+    released = ClipTokenizer(cleaned=False)
+    for text in ("Tom &amp; Jerry", "mojibake: schÃ¶n", "<|endoftext|> a cat"):
+        assert released([text]) != clip([text])
+    assert released(["<|endoftext|> a cat"]) == [[CLIP_START, CLIP_END, 320, 2368, CLIP_END]]
+    assert released(["a photo of a cat"]) == clip(["a photo of a cat"])
+
+
+def test_a_folder_that_pads_with_an_exclamation_mark_does_not_swallow_it(clip, tmp_path):
+    """As tokenizer_2 of the releases is written: "!" is its padding, and a special token."""
+    from transformers import CLIPTokenizer
+
+    backend = json.loads(clip._tokenizer.backend_tokenizer.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(backend["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in backend["merges"])]))
+    special = {"content": "!", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    config = {"tokenizer_class": "CLIPTokenizer", "pad_token": "!", "model_max_length": 77}
+    config["added_tokens_decoder"] = {"0": {**special, "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert CLIPTokenizer.from_pretrained(str(tmp_path))("!")["input_ids"] == [CLIP_START, 0, CLIP_END]  # the trap
+    released = ClipTokenizer(tmp_path, cleaned=False)
+    assert released(PROMPTS) == ClipTokenizer(cleaned=False)(PROMPTS)
+    assert released(["!"]) == [[CLIP_START, 256, CLIP_END]]
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    """A spiece.model with the normalisation of T5's (nmt_nfkc), over words of our own."""
+    folder = tmp_path_factory.mktemp("tokenizer_3")
+    sentences = [*(text for text in HARD if text and len(text) < 200), "a photo of a cat on the mat", "0123456789"] * 20
+    train_t5_pieces(sentences, folder / "spiece.model", 300)
+    return folder
+
+
+@pytest.mark.parametrize("text", PROMPTS, ids=lambda text: repr(text[:16]))
+def test_released_t5_ids_are_those_of_transformers(t5_folder, text):
+    from transformers import T5Tokenizer as Reference
+
+    theirs = Reference.from_pretrained(str(t5_folder))(text, truncation=True, max_length=77)["input_ids"]
+    assert ReleasedT5Tokenizer(t5_folder)([text], 77) == [theirs]
+
+
+def test_released_t5_ids_are_sentencepiece_where_no_special_token_is_written(t5_folder):
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(t5_folder / "spiece.model"))
+    plain = [text for text in PROMPTS if "</s>" not in text]
+    assert ReleasedT5Tokenizer(t5_folder)(plain, 10**6) == [[*pieces.encode(text), T5_END] for text in plain]
+
+
+def test_every_form_of_a_t5_tokenizer_gives_the_same_ids(t5_folder, tmp_path):
+    from transformers import T5Tokenizer as Reference
+
+    Reference.from_pretrained(str(t5_folder)).save_pretrained(str(tmp_path))
+    assert not (tmp_path / "spiece.model").exists()  # what a newer release's tokenizer_3 looks like
+    forms = [t5_folder, t5_folder / "spiece.model", tmp_path, tmp_path / "tokenizer.json"]
+    tokenizers = [ReleasedT5Tokenizer(form) for form in forms]
+    assert all(tokenizer(PROMPTS, 77) == tokenizers[0](PROMPTS, 77) for tokenizer in tokenizers)
+    assert len({len(tokenizer) for tokenizer in tokenizers}) == 1
+    assert tokenizers[0].fingerprint == tokenizers[1].fingerprint
+
+
+def test_what_is_no_t5_tokenizer_is_refused_in_words(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"spiece\.model or tokenizer\.json"):
+        ReleasedT5Tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="tokenizer_3"):
+        ReleasedT5Tokenizer(tmp_path / "nowhere.model")
+    (tmp_path / "spiece.model").write_bytes(b"<html>not found</html>")
+    with pytest.raises(ValueError, match=r"spiece\.model"):
+        ReleasedT5Tokenizer(tmp_path / "spiece.model")
+    with pytest.raises(ValueError, match="does not hold T5's"):
+        ReleasedT5Tokenizer(tmp_path)
