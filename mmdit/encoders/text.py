@@ -27,6 +27,7 @@ from torch import Tensor
 from mmdit.config import CaptionDropoutConfig
 from mmdit.denoiser import Conditioning, Streams
 from mmdit.encoders.families import CLIPS, FAMILIES, NUM_SIZES, SIZE_WIDTH, embed_sizes
+from mmdit.encoders.released import load_released
 from mmdit.encoders.tokenizers import (
     CLIP_END,
     CLIP_LENGTH,
@@ -37,7 +38,7 @@ from mmdit.encoders.tokenizers import (
     T5Tokenizer,
     pad,
 )
-from mmdit.encoders.towers import FOLDERS, States, Tower, load_folders, load_tiny, pooled_width, tower_states
+from mmdit.encoders.towers import States, Tower, load_tiny, pooled_width, tower_states
 from mmdit.registry import lookup
 
 Padding = Literal["attend", "mask", "trim"]
@@ -529,40 +530,79 @@ def _real_lengths(conditioning: Conditioning) -> list[int]:
 
 
 def load_text_encoders(
-    path: str | Path = "tiny",
+    path: str | Path | Mapping[str, str | Path] = "tiny",
     *,
+    family: str | None = None,
     clip_l: Mapping[str, Any] | None = None,
     clip_g: Mapping[str, Any] | None = None,
     t5: Mapping[str, Any] | None = None,
     t5_length: int = 77,
     padding: Padding | None = None,
+    use: Sequence[str] | None = None,
+    tokenizers: str | Path | Mapping[str, str | Path] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> TextEncoders:
-    """Load text encoders.
+    """Load text encoders, in evaluation mode.
 
     Args:
-        path: `tiny` for the embedded default, a folder that holds such files (`text.json` and safetensors), or a
-            folder in the Hugging Face layout of SD3 (`text_encoder`, `text_encoder_2`, `text_encoder_3`, each with its
-            `tokenizer*` beside it; CLIP falls back on the packaged vocabulary, which is the same for every CLIP).
-        clip_l, clip_g, t5: overrides of the encoder's config, such as {"num_attention_heads": 2}.
-        t5_length: tokens of the T5 stream; longer captions are cut.
+        path: `tiny` for the embedded default, or a folder that holds such files (`text.json` and safetensors);
+            released ones: an all-in-one .safetensors file of SD3, SD1.5 or SDXL; a folder of separate files (`clip_l*`,
+            `clip_g*`, `t5xxl*`, also below text_encoders/) or {"clip_l": PATH, "clip_g": PATH, "t5": PATH}; a diffusers
+            folder (`text_encoder`, `text_encoder_2`, `text_encoder_3`); or one encoder's own file or folder. fp32,
+            fp16, bf16 and unscaled fp8 files.
+        family: `sd3`, `sd1.5` or `sdxl`, whose rules join the states. None: what the files tell; encoders in separate
+            files are taken for SD3's.
+        clip_l, clip_g, t5: overrides of the encoder's config, such as {"num_heads": 2}; of one that is left out only
+            its width ("hidden_size", "d_model") is read.
+        t5_length: tokens of the T5 stream; longer prompts are cut. sd3-ref: 77; diffusers' pipeline: 256.
         padding: default policy of `encode`. None: `mask` for tiny encoders, which were trained so, `attend` for
             released ones.
+        use: the encoders to load; None: all that are there. One that is left out contributes zeros of its width, as
+            SD3 does without T5.
+        tokenizers: where they are not beside the weights: T5's spiece.model or tokenizer.json, a folder with it or with
+            `tokenizer`, `tokenizer_2`, `tokenizer_3`, or {encoder: PATH}. CLIP falls back on the packaged vocabulary.
+        dtype: of released encoders' weights; None: float32. In float16 T5's output matrices stay float32.
+        device: where to load to; None: the CPU.
 
     Raises:
-        FileNotFoundError: no encoders there.
-        ValueError: files that do not fit their config.
+        FileNotFoundError: no encoders there, or a shard of them is missing.
+        ValueError: files that do not fit their config, hold no text encoders or are damaged (WeightsError); an encoder
+            or family that is not known.
     """
     overrides = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5}
-    folder = TINY if str(path) == "tiny" else Path(path)
-    if (folder / "text.json").is_file():
-        towers, tokenizers, context_dim = load_tiny(folder, overrides)
-        default: Padding = "mask"
-    elif any((folder / name).is_dir() for name in FOLDERS.values()):
-        towers, tokenizers, context_dim = load_folders(folder, overrides)
-        default = "attend"
-    else:
-        raise FileNotFoundError(
-            f"no text encoders at {folder}: expected text.json (`scripts/train_tiny_encoders.py` makes ours) or the "
-            f"folders {', '.join(FOLDERS.values())}"
-        )
-    return TextEncoders(towers, tokenizers, context_dim=context_dim, t5_length=t5_length, padding=padding or default)
+    ours = TINY if isinstance(path, str) and path == "tiny" else path
+    if isinstance(ours, str | Path) and (Path(ours) / "text.json").is_file():
+        text = _load_tiny(Path(ours), overrides, family, use, t5_length, padding or "mask")
+        return text.to(device) if device is not None else text
+    towers, readers, family, context_dim, absent = load_released(
+        ours, family, overrides=overrides, use=use, tokenizers=tokenizers, dtype=dtype, device=device
+    )
+    return TextEncoders(
+        towers,
+        readers,
+        context_dim=context_dim,
+        t5_length=t5_length,
+        padding=padding or "attend",
+        family=family,
+        absent=absent,
+    )
+
+
+def _load_tiny(
+    folder: Path,
+    overrides: Mapping[str, Mapping[str, Any] | None],
+    family: str | None,
+    use: Sequence[str] | None,
+    t5_length: int,
+    padding: Padding,
+) -> TextEncoders:
+    """Load our own encoders, which follow SD3's rules; those left out by `use` leave zeros."""
+    if family not in (None, "sd3"):
+        raise ValueError(f"the encoders at {folder} follow the rules of sd3, not of {family}; leave `family` out")
+    towers, tokenizers, context_dim = load_tiny(folder, overrides)
+    for name in use or ():
+        lookup(towers, name, "text encoder")
+    left = {name: tower for name, tower in towers.items() if use is None or name in use}
+    absent = {n: (towers[n].width, pooled_width(towers[n].module)) for n in CLIPS if n not in left}
+    return TextEncoders(left, tokenizers, context_dim=context_dim, t5_length=t5_length, padding=padding, absent=absent)

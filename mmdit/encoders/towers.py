@@ -14,7 +14,6 @@ from mmdit.encoders.tokenizers import CLIP_VOCAB_SIZE, ClipTokenizer, T5Tokenize
 
 States = Literal["penultimate", "last"]
 ENCODERS = ("clip_l", "clip_g", "t5")
-FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}  # Hugging Face layout of SD3
 _TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 
 
@@ -64,14 +63,19 @@ def pooled_width(module: Any) -> int:
     return int(module.config.projection_dim if hasattr(module, "text_projection") else module.config.hidden_size)
 
 
-def build_tower(name: str, config: Mapping[str, Any]) -> nn.Module:
-    """Build one transformers module with random weights; `name` is one of `ENCODERS`."""
+def build_tower(name: str, config: Mapping[str, Any], *, projected: bool | None = None) -> nn.Module:
+    """Build one transformers module with random weights; `name` is one of `ENCODERS`.
+
+    Args:
+        projected: whether a CLIP tower projects its pooled vector; None: CLIP-G does, CLIP-L does not.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     if name == "t5":
         return T5EncoderModel(T5Config(**config))
-    # CLIP-L is used unprojected: SD3's file carries an identity there.
-    return (CLIPTextModel if name == "clip_l" else CLIPTextModelWithProjection)(CLIPTextConfig(**config))
+    # CLIP-L is used unprojected: SD3's folder carries an identity there.
+    projected = name == "clip_g" if projected is None else projected
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(CLIPTextConfig(**config))
 
 
 def load_tiny(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Tower], dict[str, Any], int]:
@@ -119,28 +123,6 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str)
     if missing or unexpected:
         raise ValueError(f"{source} does not fit its config: missing {missing}, unexpected {unexpected}")
     module.load_state_dict(renamed)
-
-
-def load_folders(folder: Path, overrides: Mapping[str, Any]) -> tuple[dict[str, Tower], dict[str, Any], int]:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
-
-    classes = {"clip_l": CLIPTextModel, "clip_g": CLIPTextModelWithProjection, "t5": T5EncoderModel}
-    towers: dict[str, Tower] = {}
-    tokenizers: dict[str, Any] = {}
-    for name, sub in FOLDERS.items():
-        if not (folder / sub).is_dir():
-            continue
-        module = classes[name].from_pretrained(
-            str(folder / sub), dtype=torch.float32, local_files_only=True, **(overrides[name] or {})
-        )
-        width = module.config.d_model if name == "t5" else module.config.hidden_size
-        towers[name] = Tower(module, torch.zeros(width), torch.ones(width))
-        tokenizer_folder = folder / sub.replace("text_encoder", "tokenizer")
-        if name != "t5":
-            tokenizers[name] = ClipTokenizer(tokenizer_folder if tokenizer_folder.is_dir() else None)
-        elif (tokenizer_folder / "spiece.model").is_file():
-            tokenizers[name] = T5Tokenizer(tokenizer_folder)
-    return towers, tokenizers, towers["t5"].width if "t5" in towers else 4096
 
 
 def save_tower(folder: Path, name: str, tower: Tower, token_ids: Tensor | None = None) -> None:

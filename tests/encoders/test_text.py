@@ -332,9 +332,13 @@ def test_a_folder_in_the_hugging_face_layout_gives_the_same_states(text, tmp_pat
 
 def test_a_folder_without_t5_and_tokenizers_loads(text, tmp_path):
     text.towers["clip_l"].module.save_pretrained(str(tmp_path / "text_encoder"))
-    loaded = load_text_encoders(tmp_path)
-    assert loaded.encode(["a cat"]).context.shape == (1, 154, 4096)
+    loaded = load_text_encoders(tmp_path, family="sd3")  # a CLIP-L alone is SD1.5's, unless said
+    encoded = loaded.encode(["a cat"])
+    assert encoded.context.shape == (1, 154, 4096)
+    assert encoded.pooled.shape == (1, 96 + 1280)  # the towers left out are zeros of the released widths
+    assert encoded.pooled[:, 96:].abs().max() == 0
     assert loaded.clip_l_width == 96
+    assert load_text_encoders(tmp_path).family == "sd1.5"
 
 
 def test_missing_encoders_and_lengths_are_refused_in_words(text, tmp_path):
