@@ -14,13 +14,17 @@ _EXPORTS = {
     "Conditioning": "mmdit.denoiser",
     "build_denoiser": "mmdit.models",
     "load_config": "mmdit.config",
+    "load_text_encoders": "mmdit.encoders.text",
+    "load_vae": "mmdit.encoders.vae",
     "TextToImage": "mmdit.pipeline",
 }
-__all__ = ["Conditioning", "TextToImage", "build_denoiser", "load_config"]
+__all__ = ["Conditioning", "TextToImage", "build_denoiser", "load_config", "load_text_encoders", "load_vae"]
 
 if TYPE_CHECKING:
     from mmdit.config import load_config
     from mmdit.denoiser import Conditioning
+    from mmdit.encoders.text import load_text_encoders
+    from mmdit.encoders.vae import load_vae
     from mmdit.models import build_denoiser
     from mmdit.pipeline import TextToImage
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # room: the rooms of ours it may import (itself is always allowed)
 ROOMS = {
-    "mmdit": {"config", "denoiser", "models", "pipeline", "presets"},
+    "mmdit": {"config", "denoiser", "encoders", "models", "pipeline", "presets"},
     "presets": set(),
     "registry": set(),
     "rng": set(),
