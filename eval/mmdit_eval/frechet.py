@@ -15,30 +15,45 @@ for full rank, and are off by 1e-6 and more for singular covariances. All in flo
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+from mmdit_eval.moments import FloatArray, Moments, check_features
+
+__all__ = ["FloatArray", "check_features", "frechet_distance", "frechet_from_statistics", "frechet_influence"]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """F [r, d] with FᵀF = covariance.
+
+    Attributes:
+        triangular: F is an upper Cholesky factor, so the covariance has full rank.
+        whiten: deviations from the mean [N, d] to coordinates [N, r] of unit covariance, deviation = coordinates F.
+    """
+
+    matrix: FloatArray
+    triangular: bool
+    whiten: Callable[[FloatArray], FloatArray]
 
 
 def frechet_distance(a: Any, b: Any) -> float:
     """Return the Fréchet distance between two sets of features.
 
     Args:
-        a, b: [N_a, d] and [N_b, d], any real dtype; each set needs at least 2 rows. The value falls with N
-            (its bias is of order 1/N), so compare sets of equal size only.
+        a, b: features [N_a, d] and [N_b, d], any real dtype, at least 2 rows each; or `Moments` of them. The value
+            falls with N (its bias is of order 1/N), so compare sets of equal size only, or see `frechet_infinity`.
 
     Raises:
         ValueError: fewer than 2 rows, widths that differ, or a value that is not finite.
     """
-    a, b = check_features(a, "a"), check_features(b, "b")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"features differ in width: a has {a.shape[1]}, b has {b.shape[1]}; use one extractor for both"
-        )
-    return _distance(a.mean(0), b.mean(0), _factor_of_features(a), _factor_of_features(b))
+    left, right = _of_one_width(a, b)
+    return _distance(left.mean, right.mean, factor_of(left), factor_of(right))
 
 
 def frechet_from_statistics(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) -> float:
@@ -61,73 +76,182 @@ def frechet_from_statistics(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) ->
             )
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
             raise ValueError(f"mean_{name} or cov_{name} holds a value that is not finite")
-    return _distance(means[0], means[1], _factor_of_covariance(covs[0]), _factor_of_covariance(covs[1]))
+    factors = [_factor_of_covariance((cov + cov.T) / 2) for cov in covs]
+    return _distance(means[0], means[1], *factors)
+
+
+def frechet_influence(a: Any, b: Any) -> tuple[float, FloatArray, FloatArray | None]:
+    """Return the distance and how much each sample moves it: the gradient in mean and covariance, sample by sample.
+
+    With u = sample - mean_a the gradient in mean_a is 2 (mean_a - mean_b), that in cov_a is 1 - T, and T is the linear
+    map that carries one Gaussian to the other; uᵀTu needs no T, only the singular vectors of the one product that
+    the distance itself is made of: with F_a F_bᵀ = X S Yᵀ and w the whitened u it is wᵀ X S Xᵀ w.
+
+    Source: the gradient is that of Dowson and Landau's closed form (Takatsu 2011, arXiv:0801.2250); von Mises 1947 for
+    its use. Checked in the tests against differences of reweighted sets.
+
+    Args:
+        a: features [N_a, d]; moments are not enough.
+        b: features [N_b, d], or `Moments`, which have no samples to tell apart.
+
+    Returns:
+        (distance, [N_a], [N_b] or None); each array has mean zero. Mean squared influence over N is the variance of the
+        distance to first order.
+
+    Raises:
+        ValueError: as `frechet_distance`.
+    """
+    sides = check_features(a, "a"), None if isinstance(b, Moments) else check_features(b, "b")
+    moments = _of_one_width(sides[0], b if sides[1] is None else sides[1])
+    factors = factor_of(moments[0]), factor_of(moments[1])
+    left, values, right = np.linalg.svd(factors[0].matrix @ factors[1].matrix.T, full_matrices=False)
+    difference = moments[0].mean - moments[1].mean
+    trace = float(sum(np.sum(factor.matrix**2) for factor in factors))
+    distance = max(0.0, float(difference @ difference) + trace - 2.0 * float(values.sum()))
+
+    def influence(features: FloatArray, which: int, vectors: FloatArray, sign: float) -> FloatArray:
+        deviations = features - moments[which].mean
+        carried = (factors[which].whiten(deviations) @ vectors) ** 2 @ values
+        unbiased = len(features) / (len(features) - 1)
+        found = 2.0 * sign * (deviations @ difference) + unbiased * ((deviations**2).sum(1) - carried)
+        return np.asarray(found - found.mean())
+
+    of_a = influence(sides[0], 0, left, 1.0)
+    return distance, of_a, None if sides[1] is None else influence(sides[1], 1, right.T, -1.0)
 
 
 def statistics(features: Any) -> tuple[FloatArray, FloatArray]:
     """Return mean [d] and unbiased covariance [d, d] of features [N, d]."""
-    features = check_features(features, "features")
-    mean = features.mean(0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+    moments = Moments.of(features)
+    return moments.mean, moments.covariance
 
 
-def check_features(features: Any, name: str) -> FloatArray:
-    """Return features as finite float64 [N, d], N >= 2, or say what is wrong.
+def as_moments(value: Any, name: str) -> Moments:
+    """Return moments as they are and those of features [N, d].
 
     Raises:
-        ValueError: not two-dimensional, fewer than 2 rows, or a value that is not finite.
+        ValueError: as `check_features`.
     """
-    array = np.asarray(features, dtype=np.float64)
-    if array.ndim != 2:
-        raise ValueError(f"{name} must be features [N, d], got shape {list(array.shape)}")
-    if array.shape[0] < 2:
-        raise ValueError(f"{name} has {array.shape[0]} sample(s); a distance between sets needs at least 2")
-    bad = np.flatnonzero(~np.isfinite(array).all(1))
-    if bad.size:
-        raise ValueError(f"{name} holds values that are not finite in {bad.size} row(s), the first is row {bad[0]}")
-    return array
+    if not isinstance(value, Moments):
+        return Moments.of(check_features(value, name))
+    if value.width is None or value.count in (0, 1):
+        raise ValueError(f"{name} has {value.count} sample(s); a distance between sets needs at least 2")
+    return value
 
 
-def _factor_of_features(features: FloatArray) -> FloatArray:
-    """Return F [r, d] with FᵀF = covariance."""
-    count, width = features.shape
-    if count <= width:
-        return (features - features.mean(0)) / np.sqrt(count - 1)
-    return _factor_of_covariance(statistics(features)[1])
+def _of_one_width(a: Any, b: Any) -> tuple[Moments, Moments]:
+    left, right = as_moments(a, "a"), as_moments(b, "b")
+    if left.width != right.width:
+        raise ValueError(
+            f"features differ in width: a has {left.width}, b has {right.width}; use one extractor for both"
+        )
+    return left, right
 
 
-def _factor_of_covariance(cov: FloatArray) -> FloatArray:
-    """Return F [r, d] with FᵀF = cov: upper Cholesky where the rank is full, else the range's eigenvectors."""
-    cov = (cov + cov.T) / 2
-    width = len(cov)
-    tolerance = width * np.finfo(np.float64).eps
+def factor_of(moments: Moments) -> Factor:
+    """Factor the covariance: by the rows themselves while they are kept, else by its rank."""
+    rows = moments.rows
+    if rows is None:
+        return _factor_of_covariance(moments.covariance, count_known=moments.count is not None)
+    scale = np.sqrt(len(rows) - 1)
+    matrix = (rows - moments.mean) / scale
+    return Factor(matrix, False, lambda deviations: scale * np.eye(len(rows)))
+
+
+def _factor_of_covariance(cov: FloatArray, count_known: bool = True) -> Factor:
+    """Upper Cholesky factor where the rank is full, else the range's eigenvectors."""
+    alive = (
+        np.diag(cov) > 0
+    )  # a feature that never moves is left out exactly; the range of the rest keeps its precision
+    if (np.diag(cov) < 0).any():
+        raise ValueError(
+            f"a covariance has the negative eigenvalue or variance {np.diag(cov).min():.3g}; it is no covariance"
+        )
+    matrix, values = np.zeros((0, len(cov))), np.zeros(0)
+    if alive.all():
+        upper = _cholesky(cov)
+        if upper is not None:
+            return Factor(upper, True, lambda u: scipy.linalg.solve_triangular(upper, u.T, trans="T").T)
+    elif alive.any():
+        upper = _cholesky(cov[np.ix_(alive, alive)])
+        if upper is not None:
+            matrix = np.zeros((len(upper), len(cov)))
+            matrix[:, alive] = upper
+            return Factor(matrix, False, lambda u: scipy.linalg.solve_triangular(upper, u[:, alive].T, trans="T").T)
+    if alive.any():
+        values, vectors = np.linalg.eigh(cov)
+        if values[0] < -1e-6 * max(values[-1], np.finfo(np.float64).tiny):
+            raise ValueError(f"a covariance has the negative eigenvalue {values[0]:.3g}; it is no covariance")
+        kept = values > _tolerance(len(cov)) * values[-1]
+        values, matrix = values[kept], (vectors[:, kept] * np.sqrt(values[kept])).T
+        if not count_known:
+            warnings.warn(
+                f"a covariance of width {len(cov)} has rank {len(matrix)} and its file does not say of how many "
+                "samples; if they were no more than features, the distance is wrong by 1e-6 and more",
+                stacklevel=4,
+            )
+    return Factor(matrix, False, lambda u: u @ (matrix / values[:, None]).T)
+
+
+def _tolerance(width: int) -> float:
+    return float(width * np.finfo(np.float64).eps)
+
+
+def _cholesky(cov: FloatArray) -> FloatArray | None:
+    """Upper factor; None where the rank is not numerically full."""
     try:
-        upper: FloatArray = scipy.linalg.cholesky(cov, lower=False)
-        pivots = np.diag(upper) ** 2
-        if pivots.min() > tolerance * np.diag(cov).max():  # else round-off passed for a positive pivot
-            return upper
+        upper: FloatArray = scipy.linalg.cholesky(cov, lower=False, check_finite=False)
     except scipy.linalg.LinAlgError:
-        pass
-    values, vectors = scipy.linalg.eigh(cov)
-    largest = max(values[-1], 0.0)
-    if values[0] < -1e-6 * max(largest, np.finfo(np.float64).tiny):
-        raise ValueError(f"a covariance has the negative eigenvalue {values[0]:.3g}; it is no covariance")
-    kept = values > tolerance * largest
-    return (vectors[:, kept] * np.sqrt(values[kept])).T
+        return None
+    # a smaller pivot is round-off that passed for positive
+    return upper if (np.diag(upper) ** 2).min() > _tolerance(len(cov)) * np.diag(cov).max() else None
 
 
-def _distance(mean_a: FloatArray, mean_b: FloatArray, factor_a: FloatArray, factor_b: FloatArray) -> float:
+def _distance(mean_a: FloatArray, mean_b: FloatArray, a: Factor, b: Factor) -> float:
     """Combine means and factors; never below zero by more than round-off, which is cut."""
     difference = mean_a - mean_b
-    trace = float(np.sum(factor_a**2) + np.sum(factor_b**2))
-    product = factor_a @ factor_b.T
-    if factor_a.shape == factor_b.shape == (len(difference), len(difference)):
-        # both of full rank: eigenvalues of the squared product, 1.7 times faster than its singular values and, the
-        # factors being triangular, right to 1e-13 even at condition 1e12
-        root = float(np.sqrt(scipy.linalg.eigvalsh(product @ product.T).clip(0.0)).sum())
+    trace = float(np.sum(a.matrix**2) + np.sum(b.matrix**2))
+    root = None
+    if a.triangular and b.triangular:
+        product = _triangular_product(a.matrix, b.matrix)
+        root = _sum_by_eigenvalues(product, a.matrix, b.matrix, trace)
     else:
+        product = a.matrix @ b.matrix.T
+    if root is None:
         # singular values, not roots of eigenvalues: a root turns round-off of 1e-16 into 1e-8 in each direction
         # without variance
-        root = float(scipy.linalg.svdvals(product).sum()) if product.size else 0.0
+        root = float(np.linalg.svd(product, compute_uv=False).sum()) if product.size else 0.0
     return max(0.0, float(difference @ difference) + trace - 2.0 * root)
+
+
+def _triangular_product(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Return a bᵀ of upper triangles without most of the products with zeros: 0.53 of the work."""
+    half = len(a) // 2
+    if half < 128:
+        return a @ b.T
+    out = np.empty_like(a, order="C")
+    out[:half, :half] = _triangular_product(a[:half, :half], b[:half, :half]) + a[:half, half:] @ b[:half, half:].T
+    out[:half, half:] = a[:half, half:] @ b[half:, half:].T
+    out[half:, :half] = a[half:, half:] @ b[:half, half:].T
+    out[half:, half:] = _triangular_product(a[half:, half:], b[half:, half:])
+    return out
+
+
+def _sum_by_eigenvalues(product: FloatArray, a: FloatArray, b: FloatArray, trace: float) -> float | None:
+    """Sum the singular values as roots of eigenvalues, half the time; None where that costs precision.
+
+    The determinant is known from the two diagonals, and small eigenvalues, where the error sits, move it most: how far
+    their product misses it tells how far the sum is off. A sum that may be off by more than round-off in d features is
+    not taken (at condition 1e12 some are off by 1e-8).
+    """
+    values = np.linalg.eigvalsh(product @ product.T)
+    if values[0] <= 0:
+        return None
+    known = 2.0 * float(np.log(np.abs(np.diag(a))).sum() + np.log(np.abs(np.diag(b))).sum())
+    drift = abs(float(np.log(values).sum()) - known)
+    inverse = values[0] / values
+    # one error e for every eigenvalue, of random sign: drift² = sum (e / v)², error of the sum² = sum e² / 4v
+    error = drift * np.sqrt(values[0] * inverse.sum() / (inverse**2).sum()) / 2.0
+    if drift > 0.5 or 10.0 * error > 2e-15 * len(a) * trace:
+        return None
+    return float(np.sqrt(values).sum())
