@@ -5,14 +5,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mmdit import rng
-from mmdit_eval.frechet import FloatArray, check_features
+from mmdit_eval.moments import FloatArray, check_pair
 
 _CHUNK = 4_096  # rows of a kernel matrix held at once
+Kernel = Callable[[FloatArray, FloatArray], FloatArray]  # [n, d], [m, d] to [n, m]
+
+
+def polynomial(width: int, degree: int = 3, gamma: float | None = None, coef0: float = 1.0) -> Kernel:
+    """Return the kernel (gamma x·y + coef0)^degree; gamma None is 1/width."""
+    factor = 1.0 / width if gamma is None else gamma
+
+    def kernel(x: FloatArray, y: FloatArray) -> FloatArray:
+        block: FloatArray = (factor * (x @ y.T) + coef0) ** degree
+        return block
+
+    return kernel
+
+
+def gaussian(sigma: float) -> Kernel:
+    """Return the kernel exp(-|x - y|² / 2 sigma²)."""
+
+    def kernel(x: FloatArray, y: FloatArray) -> FloatArray:
+        squared = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2.0 * x @ y.T
+        block: FloatArray = np.exp(-squared.clip(0.0) / (2.0 * sigma**2))
+        return block
+
+    return kernel
 
 
 def kernel_distance(
@@ -22,7 +46,7 @@ def kernel_distance(
     degree: int = 3,
     gamma: float | None = None,
     coef0: float = 1.0,
-    subsets: int | None = None,
+    subsets: int | Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
     subset_size: int = 1_000,
     seed: int = 0,
 ) -> float:
@@ -34,70 +58,140 @@ def kernel_distance(
         a, b: features [N_a, d], [N_b, d]; at least 2 rows each.
         gamma: None is 1/d.
         subsets: None uses every pair of samples once, which has the least variance; a number averages over that many
-            random subsets of `subset_size`, as published numbers do.
+            random subsets of `subset_size`, as published numbers do; pairs of row numbers name the subsets.
 
     Raises:
         ValueError: fewer than 2 rows, widths that differ, values that are not finite, subsets larger than a set.
     """
-    a, b = _pair(a, b)
-    gamma = 1.0 / a.shape[1] if gamma is None else gamma
+    a, b = check_pair(a, b)
+    kernel = polynomial(a.shape[1], degree, gamma, coef0)
     if subsets is None:
-        return _unbiased(a, b, degree, gamma, coef0)
-    if not 2 <= subset_size <= min(len(a), len(b)):
-        raise ValueError(f"subset_size {subset_size} must lie between 2 and the smaller set, {min(len(a), len(b))}")
-    values = []
-    for i in range(subsets):
-        random = rng.generator(seed, "metric", i)
-        rows_a = random.choice(len(a), subset_size, replace=False)
-        rows_b = random.choice(len(b), subset_size, replace=False)
-        values.append(_unbiased(a[rows_a], b[rows_b], degree, gamma, coef0))
-    return float(np.mean(values))
+        return mmd(a, b, kernel)
+    if isinstance(subsets, int):
+        if not 2 <= subset_size <= min(len(a), len(b)):
+            raise ValueError(f"subset_size {subset_size} must lie between 2 and the smaller set, {min(len(a), len(b))}")
+        if subsets < 1:
+            raise ValueError(f"subsets must be at least 1, got {subsets}")
+        subsets = [_draw_rows(a, b, subset_size, seed, i) for i in range(subsets)]
+    return float(np.mean([mmd(a[rows_a], b[rows_b], kernel) for rows_a, rows_b in subsets]))
 
 
-def cmmd(a: Any, b: Any, *, sigma: float = 10.0, scale: float = 1_000.0) -> float:
+def cmmd(a: Any, b: Any, *, sigma: float = 10.0, scale: float = 1_000.0, unbiased: bool = False) -> float:
     """Return the MMD² under a Gaussian kernel on normalised CLIP embeddings, times 1000.
 
-    Source: Jayasumana et al. 2024, arXiv:2401.09603; as in its code the mean includes the diagonal (biased).
+    Source: Jayasumana et al. 2024, arXiv:2401.09603, Eq. 4. Its code keeps the diagonals (biased), and so do published
+    numbers: for N samples of one distribution it gives about 1000 (1 - mean kernel) 2/N instead of 0.
 
     Args:
         a, b: image embeddings [N_a, d], [N_b, d]; normalised here.
+        unbiased: leave the diagonals out.
 
     Raises:
         ValueError: as `kernel_distance`.
     """
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12) for x in _pair(a, b))
-    gamma = 1.0 / (2.0 * sigma**2)
-
-    def mean(x: FloatArray, y: FloatArray) -> float:
-        total = 0.0
-        for start in range(0, len(x), _CHUNK):
-            rows = x[start : start + _CHUNK]
-            squared = (rows**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2.0 * rows @ y.T
-            total += float(np.exp(-gamma * squared.clip(0.0)).sum())
-        return total / (len(x) * len(y))
-
-    return scale * (mean(a, a) + mean(b, b) - 2.0 * mean(a, b))
+    a, b = (normalised(x) for x in check_pair(a, b))
+    return scale * mmd(a, b, gaussian(sigma), biased=not unbiased)
 
 
-def _pair(a: Any, b: Any) -> tuple[FloatArray, FloatArray]:
-    a, b = check_features(a, "a"), check_features(b, "b")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"features differ in width: a has {a.shape[1]}, b has {b.shape[1]}; use one extractor for both"
-        )
-    return a, b
+def mmd(a: FloatArray, b: FloatArray, kernel: Kernel, *, biased: bool = False) -> float:
+    """Return MMD²; unbiased without the diagonals of the two within-set kernels."""
+
+    def within(x: FloatArray) -> float:
+        total, n = sum(_sums(kernel, x, x)), len(x)
+        return total / n**2 if biased else (total - _diagonal(kernel, x)) / (n * (n - 1))
+
+    return within(a) + within(b) - 2.0 * sum(_sums(kernel, a, b)) / (len(a) * len(b))
 
 
-def _unbiased(a: FloatArray, b: FloatArray, degree: int, gamma: float, coef0: float) -> float:
-    """MMD² without the diagonals of the two within-set kernels."""
+def normalised(x: FloatArray) -> FloatArray:
+    """Return rows of length 1."""
+    rows: FloatArray = x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
+    return rows
 
-    def total(x: FloatArray, y: FloatArray) -> float:
-        parts = (x[start : start + _CHUNK] @ y.T for start in range(0, len(x), _CHUNK))
-        return float(sum(((gamma * part + coef0) ** degree).sum() for part in parts))
 
-    def diagonal(x: FloatArray) -> float:
-        return float(((gamma * (x**2).sum(1) + coef0) ** degree).sum())
+class Core:
+    """A symmetric function of two units summed over all pairs of different units, and a function of unit and other.
 
-    n, m = len(a), len(b)
-    within = (total(a, a) - diagonal(a)) / (n * (n - 1)) + (total(b, b) - diagonal(b)) / (m * (m - 1))
-    return within - 2.0 * total(a, b) / (n * m)
+    A squared MMD is mean over i ≠ j of within[i, j] (+ the same of the other set) - 2 mean of across[i, j]; what a
+    unit is decides how chance enters. Two sets drawn apart: units are samples. Sets drawn in pairs: a unit is a pair.
+    The difference of two runs: a unit is both runs' pictures of one prompt. Each is a signed sum of kernels.
+    """
+
+    def __init__(self, kernel: Kernel, terms: Sequence[tuple[float, FloatArray, FloatArray]]) -> None:
+        self.kernel, self.terms = kernel, terms
+        self.shape = len(terms[0][1]), len(terms[0][2])
+
+    def sums(self, *, square: bool) -> tuple[FloatArray, FloatArray, float]:
+        """Return sums over rows [n], over columns [m], and of squares; `square` leaves the diagonal out."""
+        n, m = self.shape
+        rows, columns, squares = np.empty(n), np.zeros(m), 0.0
+        for start in range(0, n, _CHUNK):
+            part = slice(start, min(start + _CHUNK, n))
+            block = sum(sign * self.kernel(x[part], y) for sign, x, y in self.terms)
+            assert isinstance(block, np.ndarray)
+            if square:
+                block[np.arange(len(block)), np.arange(part.start, part.stop)] = 0.0
+            rows[part] = block.sum(1)
+            columns += block.sum(0)
+            squares += float((block**2).sum())
+        return rows, columns, squares
+
+
+def mmd_variance(first: Core, across: Core | None = None, second: Core | None = None, *, fixed: bool = False) -> float:
+    """Return the variance of mean(first) + mean(second) - 2 mean(across), drawn anew.
+
+    To second order: where the two distributions are equal the first order vanishes, and an interval of the first order
+    alone would be empty there. Noise that the second order puts into the estimate of the first is taken off.
+
+    Source: Hoeffding 1948; for the MMD Bounliphone et al. 2016, arXiv:1511.04581, Eq. 4; here for N_a ≠ N_b.
+
+    Args:
+        first: units of one kind, [n, n].
+        across: those against the other set, [n, m]; None: there is no other set.
+        second: the other set's own, [m, m]; None: that part cancels.
+        fixed: the other set is not drawn, it is what the distance refers to.
+    """
+    n = first.shape[0]
+    rows, _, squares = first.sums(square=True)
+    noise = _second_order(rows, rows, squares, n - 1, n - 1, n * (n - 1))
+    projection = rows / (n - 1)
+    pairs = 2.0 * noise / (n * (n - 1))
+    surplus = 4.0 * noise / (n * (n - 1))  # what noise of the second order adds to the spread of the projections
+    spread = 0.0
+    if across is not None:
+        m = across.shape[1]
+        by_row, by_column, squares = across.sums(square=False)
+        projection = projection - by_row / m
+        if not fixed:
+            noise = 4.0 * _second_order(by_row, by_column, squares, m, n, n * m) / (n * m)
+            pairs, surplus, other = pairs + noise, surplus + 2.0 * noise, -by_column / n
+            if second is not None:
+                rows, _, squares = second.sums(square=True)
+                noise = _second_order(rows, rows, squares, m - 1, m - 1, m * (m - 1)) / (m * (m - 1))
+                pairs, surplus, other = pairs + 2.0 * noise, surplus + 4.0 * noise, other + rows / (m - 1)
+            spread = 4.0 * float(other.var(ddof=1)) / m
+    return pairs + max(0.0, 4.0 * float(projection.var(ddof=1)) / n + spread - surplus)
+
+
+def _second_order(
+    rows: FloatArray, columns: FloatArray, squares: float, per_row: int, per_column: int, pairs: int
+) -> float:
+    """Mean square of a matrix after its row means and column means are taken off."""
+    mean = float(rows.sum()) / pairs
+    left, right = float(((rows / per_row) ** 2).mean()), float(((columns / per_column) ** 2).mean())
+    return max(0.0, squares / pairs - left - right + mean**2)
+
+
+def _sums(kernel: Kernel, x: FloatArray, y: FloatArray) -> list[float]:
+    return [float(kernel(x[start : start + _CHUNK], y).sum()) for start in range(0, len(x), _CHUNK)]
+
+
+def _diagonal(kernel: Kernel, x: FloatArray) -> float:
+    """Sum of k(x, x), in small blocks: a polynomial needs no more than each sample by itself."""
+    return float(sum(np.trace(kernel(x[i : i + 64], x[i : i + 64])) for i in range(0, len(x), 64)))
+
+
+def _draw_rows(a: FloatArray, b: FloatArray, size: int, seed: int, i: int) -> tuple[np.ndarray, np.ndarray]:
+    random = rng.generator(seed, "metric", i)
+    rows_a = random.choice(len(a), size, replace=False)
+    return rows_a, random.choice(len(b), size, replace=False)

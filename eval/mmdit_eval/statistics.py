@@ -1,12 +1,14 @@
 """Intervals: how far a number could have come out otherwise.
 
 Four sources of chance, four tools, never mixed: images of one run (`mean_interval`, `wilson_interval`), distances
-between sets (`jackknife_interval`), the same prompts under two rows (`paired_interval`), and training seeds
-(`seed_interval`). Only the last one speaks about an architecture; the others speak about one trained model.
+between sets (`mmdit_eval.set_intervals`, whose names stand here too), the same prompts under two rows
+(`paired_interval`), and training seeds (`seed_interval`). Only the last one speaks about an architecture; the others
+speak about one trained model.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
@@ -17,6 +19,22 @@ import scipy.stats
 from mmdit import rng
 
 LEVEL = 0.95  # of every interval in a report
+
+_OF_SETS = (
+    "cmmd_interval",
+    "frechet_infinity_interval",
+    "frechet_interval",
+    "kernel_interval",
+    "paired_frechet_difference",
+    "paired_kernel_difference",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Intervals of distances between sets, looked up late: they need numpy's linear algebra and this module."""
+    if name in _OF_SETS:
+        return getattr(importlib.import_module("mmdit_eval.set_intervals"), name)
+    raise AttributeError(f"module 'mmdit_eval.statistics' has no attribute {name!r}")
 
 
 class Estimate(TypedDict):
