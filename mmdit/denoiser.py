@@ -20,12 +20,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Streams = tuple[tuple[str, int, int, int], ...]
+
+
+class AttentionGuidance(NamedTuple):
+    """How a second, negative text acts on what image tokens read from the first; `guide` in `mmdit.models.layers`.
+
+    Attributes:
+        mode: `kv_subtract`: keys and values K(pos) - weight K(neg), V likewise; 0 is off.
+            `nag`: the attention's outputs, extrapolated to pos + (weight - 1)(pos - neg); 1 is off.
+        weight: lambda, or the scale of `nag`.
+        tau: `nag` only; the extrapolated output may have at most tau times the L1 norm of the positive one.
+        alpha: `nag` only; share of the extrapolated output in the result.
+
+    Source: Chen et al. 2025, arXiv:2505.21179 (`nag`, in the form of its release, where scale 1 is off).
+    """
+
+    mode: Literal["kv_subtract", "nag"]
+    weight: float
+    tau: float = 2.5
+    alpha: float = 0.25
 
 
 class Conditioning(NamedTuple):
@@ -38,7 +58,9 @@ class Conditioning(NamedTuple):
         streams: static; (name, start, stop, width) of each encoder's part of L; width <= E is what is not zero-padding.
         spatial: [B, Cs, H, W], concatenated to the latents by the backbone, or None.
         control: [B, Cc, Hc, Wc], what a ControlNet reads, or None.
-        negative: a second context [B, L, E] for attention-space guidance, or None.
+        negative: a second context [B, L, E] for attention-space guidance, laid out in the same streams, or None.
+        negative_mask: bool [B, L] as `context_mask`, of `negative`.
+        guidance: static; what is done with `negative`. Given where `negative` is.
     """
 
     context: Tensor
@@ -48,10 +70,13 @@ class Conditioning(NamedTuple):
     spatial: Tensor | None = None
     control: Tensor | None = None
     negative: Tensor | None = None
+    negative_mask: Tensor | None = None
+    guidance: AttentionGuidance | None = None
 
     def map(self, function: Any) -> Conditioning:
         """Apply `function` to each tensor that is present."""
-        return Conditioning(*(function(field) if isinstance(field, Tensor) else field for field in self))
+        fields: Any = (function(field) if isinstance(field, Tensor) else field for field in self)
+        return Conditioning(*fields)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         """Move all tensors to `device`; cast the floating ones to `dtype` (the mask stays bool)."""
@@ -74,49 +99,57 @@ class Conditioning(NamedTuple):
         """
         if not parts:
             raise ValueError("Conditioning.cat got no parts; pass at least one Conditioning")
-        context, mask, streams = _cat_contexts(parts)
-        joined = {}
+        layouts, lengths = _common_layout(parts)
+        joined: dict[str, Any] = {}
         for name in ("pooled", "spatial", "control", "negative"):
             values = [getattr(part, name) for part in parts]
             if any(v is None for v in values) and not all(v is None for v in values):
                 raise ValueError(f"Conditioning.cat: {name!r} is present in some parts and absent in others")
-            joined[name] = None if values[0] is None else torch.cat(values)
-        return Conditioning(context, joined["pooled"], mask, streams, joined["spatial"], joined["control"],
-                            joined["negative"])  # fmt: skip
+            if values[0] is not None and name != "negative":
+                joined[name] = torch.cat(values)
+        if len({part.guidance for part in parts}) > 1:
+            raise ValueError(f"Conditioning.cat: the parts are guided differently: {[p.guidance for p in parts]}")
+        for text, mask in (("context", "context_mask"), ("negative", "negative_mask")):
+            if getattr(parts[0], text) is None:
+                continue
+            pairs = [(getattr(part, text), getattr(part, mask)) for part in parts]
+            joined[text], joined[mask] = _cat_texts(pairs, layouts, lengths)
+        if parts[0].streams is not None:
+            joined["streams"] = _joined_streams(layouts, lengths)
+        return Conditioning(**joined, guidance=parts[0].guidance)
 
 
-def _cat_contexts(parts: Sequence[Conditioning]) -> tuple[Tensor, Tensor | None, Streams | None]:
-    """Pad each stream to its longest, join, and mask what was added."""
+def _common_layout(parts: Sequence[Conditioning]) -> tuple[list[Streams], list[int]]:
+    """Return the streams of each part, and the length that each stream needs to hold the longest."""
     layouts = [p.streams or (("context", 0, p.context.shape[1], p.context.shape[2]),) for p in parts]
-    names = [tuple(s[0] for s in layout) for layout in layouts]
-    if len(set(names)) != 1:
-        raise ValueError(f"Conditioning.cat: the parts have different text streams: {sorted(set(names))}")
-    lengths = [max(layout[s][2] - layout[s][1] for layout in layouts) for s in range(len(names[0]))]
-    padded = any(layout[s][2] - layout[s][1] != lengths[s] for layout in layouts for s in range(len(lengths)))
-    masked = padded or any(p.context_mask is not None for p in parts)
+    names = {tuple(s[0] for s in layout) for layout in layouts}
+    if len(names) != 1:
+        raise ValueError(f"Conditioning.cat: the parts have different text streams: {sorted(names)}")
+    return layouts, [max(layout[s][2] - layout[s][1] for layout in layouts) for s in range(len(layouts[0]))]
 
+
+def _cat_texts(
+    pairs: Sequence[tuple[Tensor, Tensor | None]], layouts: Sequence[Streams], lengths: Sequence[int]
+) -> tuple[Tensor, Tensor | None]:
+    """Pad each stream of each (text [B, L, E], mask [B, L]) to `lengths`, join, and mask what was added."""
     contexts, masks = [], []
-    for part, layout in zip(parts, layouts, strict=True):
-        mask = part.context_mask
-        if mask is None:
-            mask = part.context.new_ones(part.context.shape[:2], dtype=torch.bool)
-        for (_, start, stop, _), length in zip(layout, lengths, strict=True):
-            missing = length - (stop - start)
-            contexts.append(torch.nn.functional.pad(part.context[:, start:stop], (0, 0, 0, missing)))
-            masks.append(torch.nn.functional.pad(mask[:, start:stop], (0, missing)))
-    per_part = len(lengths)
+    for (context, mask), layout in zip(pairs, layouts, strict=True):
+        mask = context.new_ones(context.shape[:2], dtype=torch.bool) if mask is None else mask
+        missing = [length - (stop - start) for (_, start, stop, _), length in zip(layout, lengths, strict=True)]
+        pieces = [(start, stop, n) for (_, start, stop, _), n in zip(layout, missing, strict=True)]
+        contexts.append(torch.cat([F.pad(context[:, a:b], (0, 0, 0, n)) for a, b, n in pieces], dim=1))
+        masks.append(torch.cat([F.pad(mask[:, a:b], (0, n)) for a, b, n in pieces], dim=1))
+    padded = any(context.shape[1] != sum(lengths) for context, _ in pairs)
+    masked = padded or any(mask is not None for _, mask in pairs)
+    return torch.cat(contexts), torch.cat(masks) if masked else None
 
-    def join(pieces: list[Tensor]) -> Tensor:
-        return torch.cat([torch.cat(pieces[i : i + per_part], dim=1) for i in range(0, len(pieces), per_part)])
 
-    starts = [sum(lengths[:s]) for s in range(per_part)]
-    streams = None
-    if parts[0].streams is not None:
-        streams = tuple(
-            (name, start, start + length, max(layout[s][3] for layout in layouts))
-            for s, (name, start, length) in enumerate(zip(names[0], starts, lengths, strict=True))
-        )
-    return join(contexts), join(masks) if masked else None, streams
+def _joined_streams(layouts: Sequence[Streams], lengths: Sequence[int]) -> Streams:
+    starts = [sum(lengths[:s]) for s in range(len(lengths))]
+    return tuple(
+        (layouts[0][s][0], start, start + length, max(layout[s][3] for layout in layouts))
+        for s, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    )
 
 
 @runtime_checkable
@@ -178,9 +211,32 @@ def check_inputs(
         raise ValueError(
             f"context_mask must be bool [B, L] = {list(context.shape[:2])}, got {mask.dtype} {list(mask.shape)}"
         )
+    _check_negative(conditioning)
     if pooled_dim is not None and (pooled is None or pooled.shape != (batch, pooled_dim)):
         got = "none" if pooled is None else f"shape {list(pooled.shape)}"
         raise ValueError(f"pooled must be [B, G] = [{batch}, {pooled_dim}], got {got}")
+
+
+def _check_negative(conditioning: Conditioning) -> None:
+    """Refuse a negative text that does not lie beside the positive one, or of which nobody says what to do with it."""
+    negative, mask, guidance = conditioning.negative, conditioning.negative_mask, conditioning.guidance
+    if (negative is None) != (guidance is None):
+        raise ValueError(
+            "conditioning.negative and conditioning.guidance belong together: the second text, and what is done with "
+            "it, such as AttentionGuidance('nag', 5.0); a negative prompt of classifier-free guidance is its "
+            "null_conditioning"
+        )
+    if negative is None:
+        return
+    if negative.shape != conditioning.context.shape:
+        raise ValueError(
+            f"negative must have the shape of context, {list(conditioning.context.shape)}, got {list(negative.shape)}; "
+            f"pad both texts to one length"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != negative.shape[:2]):
+        raise ValueError(
+            f"negative_mask must be bool [B, L] = {list(negative.shape[:2])}, got {mask.dtype} {list(mask.shape)}"
+        )
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from typing import Any
 
 # context_dim E, pooled_dim G of text encoders; channels C, downsampling factor of VAEs. Keys: values of `encoders.*`.
 ENCODER_WIDTHS: dict[str, dict[str, int]] = {"tiny": {"context_dim": 256, "pooled_dim": 224}}
+# Width of each encoder stream before zero-padding, in the order of the context.
+STREAM_WIDTHS: dict[str, dict[str, int]] = {"tiny": {"clip": 224, "t5": 256}}
 VAE_WIDTHS: dict[str, dict[str, int]] = {"tiny": {"channels": 16, "factor": 8}}
 
 # Position tables, in patches a side: up to 512 pixels around a base of 64, and up to 1,024 around a base of 256.

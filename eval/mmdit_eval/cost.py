@@ -14,6 +14,7 @@ from mmdit.denoiser import Conditioning
 from mmdit.encoders.text import TextEncoders, apply_padding, load_text_encoders
 from mmdit.encoders.vae import load_vae
 from mmdit.models import build_denoiser
+from mmdit.models.text import even_streams
 from mmdit.presets import VAE_WIDTHS
 
 _CAPTIONS = 128  # captions looked at for the length of a trimmed batch
@@ -40,7 +41,8 @@ def cost_of(config: RunConfig) -> Cost:
         side = config.data.resolution // vae_factor
         latents, timestep = torch.zeros(1, channels, side, side), torch.zeros(1)
         pooled = None if pooled_dim is None else torch.zeros(1, pooled_dim)
-        conditioning = Conditioning(torch.zeros(1, tokens, context_dim), pooled)
+        streams = even_streams(config.model, tokens)
+        conditioning = Conditioning(torch.zeros(1, tokens, context_dim), pooled, streams=streams)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             denoiser(latents, timestep, conditioning)
     parameters = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)

@@ -7,7 +7,7 @@ the same message wherever it stands: the file, the dotted path, the nearest vali
 torch: a wrong config is refused in a fraction of a second.
 """
 
-from mmdit.config.backbones import CrossDiTConfig, MMDiTConfig, ModelConfig, UNetConfig
+from mmdit.config.backbones import CrossDiTConfig, MMDiTConfig, ModelConfig, UNetConfig, num_blocks, reads_streams
 from mmdit.config.errors import ConfigError, validate
 from mmdit.config.parts import (
     CaptionDropoutConfig,
@@ -97,9 +97,11 @@ __all__ = [
     "load_suite",
     "merge",
     "model_config",
+    "num_blocks",
     "parse_overrides",
     "read_tree",
     "read_yaml",
+    "reads_streams",
     "resolve",
     "row_configs",
     "to_tree",

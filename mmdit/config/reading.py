@@ -12,7 +12,7 @@ from mmdit.config.backbones import CrossDiTConfig, MMDiTConfig, ModelConfig, UNe
 from mmdit.config.errors import ConfigError, validate
 from mmdit.config.parts import Config
 from mmdit.config.run import RunConfig, StudyConfig, SuiteConfig
-from mmdit.presets import ENCODER_WIDTHS, PRESETS, VAE_WIDTHS
+from mmdit.presets import ENCODER_WIDTHS, PRESETS, STREAM_WIDTHS, VAE_WIDTHS
 from mmdit.registry import nearest, unknown
 
 
@@ -185,6 +185,9 @@ def resolve(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
         if text is not None:
             model.setdefault("context_dim", text["context_dim"])
             model.setdefault("pooled_dim", text["pooled_dim"])
+            per_stream = ("injection", "decoupled"), ("text_projection", "per_encoder"), ("weight_sets", 3)
+            if model.get("text_streams") is None and any(model.get(field) == value for field, value in per_stream):
+                model["text_streams"] = dict(STREAM_WIDTHS[str(encoders.get("text", "tiny"))])
         if vae is not None:
             model.setdefault("in_channels", vae["channels"])
             model.setdefault("out_channels", vae["channels"])

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from mmdit.config.backbones import MMDiTConfig, ModelConfig, UNetConfig
+from mmdit.config.backbones import MMDiTConfig, ModelConfig, UNetConfig, reads_streams
 from mmdit.config.parts import (
     Config,
     DataConfig,
@@ -17,7 +17,7 @@ from mmdit.config.parts import (
     ShapesConfig,
     TrainConfig,
 )
-from mmdit.presets import ENCODER_WIDTHS, VAE_WIDTHS
+from mmdit.presets import ENCODER_WIDTHS, STREAM_WIDTHS, VAE_WIDTHS
 
 
 class RunConfig(Config):
@@ -72,6 +72,12 @@ class RunConfig(Config):
         if text is not None and model.pooled_dim not in (None, text["pooled_dim"]):
             raise ValueError(
                 f"model.pooled_dim is {model.pooled_dim}, the text encoders {encoders.text!r} give {text['pooled_dim']}"
+            )
+        streams, given = STREAM_WIDTHS.get(encoders.text), dict(model.text_streams or ())
+        if streams is not None and reads_streams(model) and given != streams:
+            raise ValueError(
+                f"model.text_streams is {given}, the text encoders {encoders.text!r} give {streams}; leave it out to "
+                f"take theirs"
             )
         if schedule.name == "variance_preserving" and self.diffusion.prediction == "velocity":
             raise ValueError(

@@ -4,6 +4,9 @@ Blocks of Peebles & Xie 2022 (arXiv:2212.09748v2) with a cross-attention between
 PixArt-alpha (Chen et al. 2023, arXiv:2310.00426v3, figure 4). Departs from PixArt: each block has its own modulation
 (as in DiT), c holds the pooled text beside time, and the cross-attention is modulated and gated like the other two
 branches. Everything else is MMDiT's, so the two differ in how text enters.
+
+`injection: decoupled` gives each encoder stream a cross-attention of its own and sums what they read; `pooled` leaves
+the cross-attention out.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from mmdit.denoiser import Conditioning, attention_records, skipped_layers
 from mmdit.models.layers import (
     MLP,
     FinalLayer,
+    Keys,
     Modulation,
     PatchEmbed,
     RMSNorm,
     VectorEmbedder,
     admit,
+    attend,
     attention,
-    attention_weights,
     initialize,
     merge_heads,
     modulate,
@@ -34,6 +38,7 @@ from mmdit.models.layers import (
     unpatchify,
 )
 from mmdit.models.posembed import crop_center, position_table
+from mmdit.models.text import Text, project, read_text, text_projection
 
 
 class CrossDiT(nn.Module):
@@ -45,8 +50,10 @@ class CrossDiT(nn.Module):
         width = config.width
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width)
         self.t_embedder = VectorEmbedder(256, width)
-        self.y_embedder = VectorEmbedder(config.pooled_dim, width)
-        self.context_embedder = nn.Linear(config.context_dim, width)
+        if config.pooled_dim is not None:
+            self.y_embedder = VectorEmbedder(config.pooled_dim, width)
+        if config.injection != "pooled":
+            self.context_embedder = text_projection(config, width)
         self.blocks = nn.ModuleList(CrossBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch_size, config.out_channels)
         self.register_buffer("pos_embed", position_table(width, config.pos_embed_max_size, config.pos_embed_base_size))
@@ -76,14 +83,17 @@ class CrossDiT(nn.Module):
 
         # fmt: off
         x = self.x_embedder(latents) + crop_center(self.pos_embed, rows, columns)  # [B, N, D]
-        context = self.context_embedder(norm(conditioning.context.to(x.dtype)))    # [B, L, D]
+        text = None
+        if config.injection != "pooled":
+            text = project(self.context_embedder, read_text(config, conditioning, x.dtype), norm)  # [B, L, D]
         c = self.t_embedder(timestep_embedding(timestep))                          # [B, D]
-        c = c + self.y_embedder(conditioning.pooled)
+        if config.pooled_dim is not None:
+            c = c + self.y_embedder(conditioning.pooled)
 
         for i, block in enumerate(self.blocks):
             if i not in skipped:
-                weights = None if records is None else records.setdefault(f"blocks.{i}", [])
-                x = block(x, context, c, conditioning.context_mask, weights)
+                record = None if records is None or text is None else records.setdefault(f"blocks.{i}", [])
+                x = block(x, text, c, record)
             if residuals:
                 x = x + residuals[i * len(residuals) // config.depth]
 
@@ -101,19 +111,32 @@ class CrossBlock(nn.Module):
     def __init__(self, config: CrossDiTConfig) -> None:
         super().__init__()
         self.attn = SelfAttention(config)
-        self.cross_attn = CrossAttention(config)
+        self.injection = config.injection
+        if self.injection == "cross":
+            self.cross_attn = CrossAttention(config)
+        elif self.injection == "decoupled":
+            self.cross_attn = nn.ModuleDict({name: CrossAttention(config) for name, _ in config.text_streams or ()})
         self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
-        self.adaLN_modulation = Modulation(config.width, 9)
+        self.adaLN_modulation = Modulation(config.width, 6 if self.injection == "pooled" else 9)
 
-    def forward(
-        self, x: Tensor, context: Tensor, c: Tensor, mask: Tensor | None, weights: list[Tensor] | None
-    ) -> Tensor:
-        """[B, N, D], text [B, L, D], c [B, D], mask bool [B, L] or None -> [B, N, D]."""
-        shift, scale, gate, text_shift, text_scale, text_gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(c)
+    def forward(self, x: Tensor, text: Text | None, c: Tensor, record: list[Tensor] | None) -> Tensor:
+        """[B, N, D], text [B, L, D] or None, c [B, D] -> [B, N, D]; the weights [B, A, N, L] go to `record`."""
+        shift, scale, gate, *reading, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(c)
         x = torch.addcmul(x, gate, self.attn(modulate(norm(x), shift, scale)))
-        text = self.cross_attn(modulate(norm(x), text_shift, text_scale), context, mask, weights)
-        x = torch.addcmul(x, text_gate, text)
+        if text is not None:
+            text_shift, text_scale, text_gate = reading
+            x = torch.addcmul(x, text_gate, self.read(modulate(norm(x), text_shift, text_scale), text, record))
         return torch.addcmul(x, mlp_gate, self.mlp(modulate(norm(x), mlp_shift, mlp_scale)))
+
+    def read(self, x: Tensor, text: Text, record: list[Tensor] | None) -> Tensor:
+        """Read the text, or each of its streams by an attention of its own, summed: [B, N, D]."""
+        if self.injection == "cross":
+            return self.cross_attn(x, text, record)
+        own: list[Tensor] | None = None if record is None else []
+        streams = [self.cross_attn[name](x, text.part(start, stop), own) for name, start, stop in text.parts]
+        if record is not None and own is not None:
+            record.append(torch.cat(own, dim=3))  # each stream's weights sum to one
+        return sum(streams[1:], start=streams[0])
 
 
 class SelfAttention(nn.Module):
@@ -142,13 +165,18 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
         self.ln_q, self.ln_k = _qk_norms(config)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, weights: list[Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, text: Text, record: list[Tensor] | None) -> Tensor:
+        """Read `text` [B, L, D] from x; append the weights [B, A, N, L] to `record` where given."""
         (q,) = split_heads(self.q(x), self.num_heads, 1)  # [B, A, N, K]
-        k, v = split_heads(self.kv(context), self.num_heads, 2)  # [B, A, L, K]
-        q, k = self.ln_q(q), self.ln_k(k)
-        if weights is not None:
-            weights.append(attention_weights(q, k, mask))  # [B, A, N, L]
-        return self.proj(merge_heads(attention(q, k, v, mask)))
+        keys = self.keys(text.context, text.mask)
+        negative = None if text.negative is None else self.keys(text.negative, text.negative_mask)
+        read = attend(self.ln_q(q), keys, text.context.shape[1], negative, text.guidance, record)
+        return self.proj(merge_heads(read))
+
+    def keys(self, context: Tensor, mask: Tensor | None) -> Keys:
+        """[B, L, D] -> k and v, each [B, A, L, K], with their mask."""
+        k, v = split_heads(self.kv(context), self.num_heads, 2)
+        return Keys(self.ln_k(k), v, mask)
 
 
 def _qk_norms(config: CrossDiTConfig) -> tuple[nn.Module, nn.Module]:

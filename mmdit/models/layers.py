@@ -7,6 +7,7 @@ merely resembles another backbone's stays with its backbone.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmdit.config import CrossDiTConfig, MMDiTConfig, UNetConfig
-from mmdit.denoiser import Conditioning, check_inputs
+from mmdit.denoiser import AttentionGuidance, Conditioning, check_inputs
 
 NORM_EPS = 1e-6  # of every norm here, as in the releases; PyTorch's own default is 1e-5
 PLAIN_ATTENTION_BELOW = 128  # keys; on CPU two GEMMs and a softmax beat the flash kernel for short sequences
@@ -37,7 +38,7 @@ def admit(
         [B, in_channels, H, W].
 
     Raises:
-        ValueError: see `check_inputs`; or `conditioning.negative` is given.
+        ValueError: see `check_inputs`; or `conditioning.negative` is given to a denoiser without text tokens.
     """
     check_inputs(
         latents,
@@ -49,10 +50,10 @@ def admit(
         multiple=multiple,
         max_size=max_size,
     )
-    if conditioning.negative is not None:
+    if conditioning.negative is not None and config.injection == "pooled":
         raise ValueError(
-            f"conditioning.negative (attention-space guidance) is not read by the {config.name}; "
-            "give the negative prompt to classifier-free guidance as null_conditioning"
+            f"conditioning.negative (attention-space guidance) acts on text tokens, of which this {config.name} has "
+            f"none (injection 'pooled'); give the negative prompt to classifier-free guidance as null_conditioning"
         )
     if conditioning.spatial is None:
         return latents
@@ -85,6 +86,72 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
     hidden = ~mask[:, None, None, :]
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1, dtype=torch.float32).masked_fill(hidden, 0.0)  # zeros, not 1/M, where all is hidden
+
+
+class Keys(NamedTuple):
+    """What queries read: k and v [B, A, M, K], mask bool [B, M] or None."""
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+
+
+def attend(
+    q: Tensor,
+    keys: Keys,
+    length: int,
+    negative: Keys | None = None,
+    guidance: AttentionGuidance | None = None,
+    record: list[Tensor] | None = None,
+) -> Tensor:
+    """Let image queries read text, guided away from a negative one where there is one.
+
+    `kv_subtract` puts K(pos) - weight K(neg) and V(pos) - weight V(neg) in the place of each text token's key and
+    value. Which tokens are seen is the positive mask's business; a negative token that is masked subtracts nothing.
+    `nag` attends to both texts and combines what came out, `extrapolate`.
+
+    Args:
+        q: of image tokens, [B, A, N, K].
+        keys: the first `length` are text; the rest, image tokens, are the same in `negative`.
+        record: where given, the weights of q on text keys as they act are appended, [B, A, N, L]; for `nag` those
+            on the positive text.
+
+    Returns:
+        [B, A, N, K].
+
+    Source: the literal form of a negative prompt in attention (`kv_subtract`); arXiv:2505.21179 (`nag`).
+    """
+    if negative is not None and guidance is not None and guidance.mode == "kv_subtract":
+        keys = keys._replace(
+            k=_subtract(keys.k, negative.k, negative.mask, length, guidance.weight),
+            v=_subtract(keys.v, negative.v, negative.mask, length, guidance.weight),
+        )
+    if record is not None:
+        record.append(attention_weights(q, keys.k, keys.mask)[..., :length].detach())
+    read = attention(q, *keys)
+    if negative is not None and guidance is not None and guidance.mode == "nag":
+        return extrapolate(read, attention(q, *negative), guidance)
+    return read
+
+
+def _subtract(positive: Tensor, negative: Tensor, mask: Tensor | None, length: int, weight: float) -> Tensor:
+    """Subtract weight times the negative text's keys (or values) from the positive one's, [B, A, M, K]."""
+    removed = negative[:, :, :length]
+    if mask is not None:
+        removed = removed * mask[:, None, :length, None].to(removed.dtype)
+    return torch.cat([positive[:, :, :length] - weight * removed, positive[:, :, length:]], dim=2)
+
+
+def extrapolate(positive: Tensor, negative: Tensor, guidance: AttentionGuidance) -> Tensor:
+    """Push an attention's output away from the negative one's, hold its norm, and blend: each [B, A, N, K].
+
+    The norm is that of a token over all heads, in float32.
+    Source: Chen et al. 2025, arXiv:2505.21179, 3.2: extrapolation, L1 normalisation by tau, blending by alpha.
+    """
+    guided = positive + (guidance.weight - 1) * (positive - negative)
+    size, limit = (x.float().abs().sum(dim=(1, 3), keepdim=True) for x in (guided, guidance.tau * positive))
+    guided = guided * (limit / size.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1).to(guided.dtype)
+    return positive + guidance.alpha * (guided - positive)
 
 
 class RMSNorm(nn.Module):

@@ -25,6 +25,7 @@ from mmdit.config import CrossDiTConfig, MMDiTConfig, UNetConfig
 from mmdit.denoiser import Conditioning
 from mmdit.models import build_denoiser
 from mmdit.models.flops import forward_flops
+from mmdit.models.text import even_streams
 from mmdit.registry import unknown
 
 Backbone = MMDiTConfig | CrossDiTConfig | UNetConfig
@@ -75,7 +76,8 @@ def measure(config: Backbone, *, tokens: int, latent_size: int | tuple[int, int]
         denoiser = build_denoiser(config).eval()
         latents = torch.zeros(1, config.in_channels, height, width)
         pooled = None if config.pooled_dim is None else torch.zeros(1, config.pooled_dim)
-        conditioning = Conditioning(torch.zeros(1, tokens, config.context_dim), pooled)
+        context = torch.zeros(1, tokens, config.context_dim)
+        conditioning = Conditioning(context, pooled, streams=even_streams(config, tokens))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             denoiser(latents, torch.zeros(1), conditioning)
     return Size(sum(p.numel() for p in denoiser.parameters()), int(counter.get_total_flops()))

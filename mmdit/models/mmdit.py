@@ -4,6 +4,9 @@ Source: Esser et al. 2024, arXiv:2403.03206v1, figure 2. Two additions of the SD
 config: RMS-normalised queries and keys (`qk_norm`), and blocks whose image stream has a second attention of its own
 (`dual_attention_layers`, "MMDiT-X"). Parameter names are those of the releases' single files; there `x` is the image
 stream and `y` the pooled text.
+
+The paper's variants with other sets of weights (its 5.1.1) are `weight_sets`: 1, text and image share one; 3, each of
+two text streams and the image have their own. `injection: pooled` leaves the text tokens out: a DiT.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from mmdit.models.layers import (
     VectorEmbedder,
     admit,
     attention,
-    attention_weights,
     initialize,
     merge_heads,
     modulate,
@@ -35,6 +37,7 @@ from mmdit.models.layers import (
     unpatchify,
 )
 from mmdit.models.posembed import crop_center, position_table
+from mmdit.models.text import Owner, Text, extend_masks, joint_attention, project, read_text, text_projection
 
 
 class MMDiT(nn.Module):
@@ -46,8 +49,10 @@ class MMDiT(nn.Module):
         width = config.width
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width)
         self.t_embedder = VectorEmbedder(256, width)
-        self.y_embedder = VectorEmbedder(config.pooled_dim, width)
-        self.context_embedder = nn.Linear(config.context_dim, width)
+        if config.pooled_dim is not None:
+            self.y_embedder = VectorEmbedder(config.pooled_dim, width)
+        if config.injection == "joint":
+            self.context_embedder = text_projection(config, width)
         self.joint_blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(width, config.patch_size, config.out_channels)
         self.register_buffer("pos_embed", position_table(width, config.pos_embed_max_size, config.pos_embed_base_size))
@@ -80,20 +85,32 @@ class MMDiT(nn.Module):
 
         # fmt: off
         x = self.x_embedder(latents) + crop_center(self.pos_embed, rows, columns)  # [B, N, D]
-        context = self.context_embedder(conditioning.context.to(x.dtype))          # [B, L, D]
+        text = self.embed_text(conditioning, x)                                    # [B, L, D], masks [B, L + N]
         c = self.t_embedder(timestep_embedding(timestep))                          # [B, D]
-        c = c + self.y_embedder(conditioning.pooled)
-        mask = joint_mask(conditioning.context_mask, x.shape[1])                   # [B, L + N]
+        if config.pooled_dim is not None:
+            c = c + self.y_embedder(conditioning.pooled)
 
         for i, block in enumerate(self.joint_blocks):
             if i not in skipped:
-                weights = None if records is None else records.setdefault(f"joint_blocks.{i}", [])
-                context, x = block(context, x, c, mask, weights)
+                x, text = block(x, text, c, self._record(records, i))
             if residuals and i < config.depth - 1:
                 x = x + residuals[i * len(residuals) // config.depth]
 
         return unpatchify(self.final_layer(x, c), rows, P)                         # [B, C, H, W]
         # fmt: on
+
+    def embed_text(self, conditioning: Conditioning, x: Tensor) -> Text | None:
+        """Project the text [B, L, E] to [B, L, D] and extend its masks by the image tokens x [B, N, D]."""
+        if self.config.injection == "pooled":
+            return None
+        text = project(self.context_embedder, read_text(self.config, conditioning, x.dtype))
+        return extend_masks(text, x.shape[1])
+
+    def _record(self, records: dict[str, list[Tensor]] | None, i: int) -> list[Tensor] | None:
+        """Return where block i puts its attention, None where nobody asked or the blocks read no text."""
+        if records is None or self.config.injection == "pooled":
+            return None
+        return records.setdefault(f"joint_blocks.{i}", [])
 
     def unused_parameters(self) -> dict[str, str]:
         """Name the parameters that get no gradient, or none in part, with the reason.
@@ -101,16 +118,13 @@ class MMDiT(nn.Module):
         The weights of text queries in the last block are stored because the releases store them. No text leaves that
         block, so its queries are never computed: rows [0, D) of `qkv` have zero gradient and `ln_q` is frozen.
         """
-        attn = f"joint_blocks.{self.config.depth - 1}.context_block.attn"
-        names = [f"{attn}.qkv.weight", f"{attn}.qkv.bias"]
-        if self.config.qk_norm:
-            names.append(f"{attn}.ln_q.weight")
+        last = self.joint_blocks[-1]
+        names = [
+            f"joint_blocks.{self.config.depth - 1}.{name}"
+            for name, _ in last.named_parameters()
+            if name.startswith("context_block.") and name.endswith(("attn.qkv.weight", "attn.qkv.bias", "ln_q.weight"))
+        ]
         return dict.fromkeys(names, "no text leaves the last block, so its text queries (rows [0, D)) are not computed")
-
-
-def joint_mask(context_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
-    """Extend a text mask by the image tokens, which are always visible: bool [B, L] -> [B, L + N]."""
-    return None if context_mask is None else F.pad(context_mask, (0, num_image_tokens), value=True)
 
 
 class JointBlock(nn.Module):
@@ -119,38 +133,38 @@ class JointBlock(nn.Module):
     def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
         self.last = index == config.depth - 1
-        self.context_block = StreamBlock(config, writes=not self.last)
+        self.sets = config.weight_sets if config.injection == "joint" else 0
+        if self.sets == 2:
+            self.context_block = StreamBlock(config, writes=not self.last)
+        elif self.sets == 3:
+            streams = {name: StreamBlock(config, writes=not self.last) for name, _ in config.text_streams or ()}
+            self.context_block = nn.ModuleDict(streams)
         self.x_block = StreamBlock(config, dual=index in config.dual_attention_layers)
-        if self.last and config.qk_norm:
-            self.context_block.attn.ln_q.requires_grad_(False)
+        if self.last and config.qk_norm and self.sets > 1:
+            for name, parameter in self.context_block.named_parameters():
+                parameter.requires_grad_("ln_q" not in name)
 
     def forward(
-        self, context: Tensor, x: Tensor, c: Tensor, mask: Tensor | None, weights: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, text: Text | None, c: Tensor, weights: list[Tensor] | None
+    ) -> tuple[Tensor, Text | None]:
         """Return the updated streams.
 
         Args:
-            context, x: text [B, L, D] and image [B, N, D]; the last block returns `context` as it came.
+            x: image [B, N, D].
+            text: [B, L, D], masks [B, L + N]; the last block returns it as it came.
             c: time plus pooled text, [B, D].
-            mask: bool [B, L + N] or None.
             weights: where given, what image queries read from text keys is appended, [B, A, N, L].
         """
-        L = context.shape[1]
-        text_q, text_k, text_v, text_modulation = self.context_block.read(context, c)
-        q, k, v, modulation = self.x_block.read(x, c)
+        reading = self.x_block.read(x, c)
+        return joint_attention(x, self.x_block, reading, self._owners(text), text, c, last=self.last, record=weights)
 
-        joint_k = torch.cat([text_k, k], dim=2)  # [B, A, L + N, K]
-        joint_v = torch.cat([text_v, v], dim=2)
-        if weights is not None:
-            weights.append(attention_weights(q, joint_k, mask)[..., :L])
-
-        if text_q is None:
-            return context, self.x_block.write(x, attention(q, joint_k, joint_v, mask), modulation)
-        joint_q = torch.cat([text_q, q], dim=2)
-        mixed = attention(joint_q, joint_k, joint_v, mask)  # [B, A, L + N, K]
-        context = self.context_block.write(context, mixed[:, :, :L], text_modulation)
-        x = self.x_block.write(x, mixed[:, :, L:], modulation)
-        return context, x
+    def _owners(self, text: Text | None) -> list[Owner]:
+        """Say which weights own which part of the text."""
+        if text is None:
+            return []
+        if self.sets == 3:
+            return [(self.context_block[name], start, stop) for name, start, stop in text.parts]
+        return [(self.context_block if self.sets == 2 else self.x_block, 0, text.context.shape[1])]
 
 
 class StreamBlock(nn.Module):
@@ -163,14 +177,16 @@ class StreamBlock(nn.Module):
             self.attn2 = AttentionWeights(config)
         if writes:
             self.mlp = MLP(config.width, int(config.width * config.mlp_ratio))
-        self.writes, self.dual = writes, dual
+        self.dual = dual
         self.adaLN_modulation = Modulation(config.width, 2 if not writes else 9 if dual else 6)
 
-    def read(self, x: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return q, k, v, each [B, A, L, K], and what `write` needs; q is None where nothing will be written."""
+    def read(
+        self, x: Tensor, c: Tensor, queries: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return q, k, v, each [B, A, L, K], and what `write` needs; q is None without `queries`."""
         shift, scale, *rest = self.adaLN_modulation(c)
         normed = norm(x)
-        q, k, v = self.attn.project(modulate(normed, shift, scale), queries=self.writes)
+        q, k, v = self.attn.project(modulate(normed, shift, scale), queries=queries)
         if self.dual:
             *rest, shift2, scale2, gate2 = rest
             own = attention(*self.attn2.project(modulate(normed, shift2, scale2)))

@@ -1,50 +1,28 @@
-"""The classic text-to-image U-Net: SD1.x and SDXL. Text enters by cross-attention, and nowhere else but `pooled`.
+"""The classic text-to-image U-Net: SD1.x and SDXL, with text by cross-attention or in one of the laboratory's ways.
 
 Source: Rombach et al. 2022, arXiv:2112.10752 (SD1.x); Podell et al. 2023, arXiv:2307.01952 (SDXL); residual blocks
 from Dhariwal & Nichol 2021, arXiv:2105.05233. Parameter names are those of the released checkpoints.
 
     latents -> input_blocks (features kept as skips) -> middle_block -> output_blocks (skips joined again) -> out
     timestep (+ pooled) -> added to the features of every residual block
-    context  -> keys and values of every transformer block's cross-attention
+    context  -> the transformer blocks: keys and values of their cross-attention, or tokens that travel with the
+                features from block to block (`injection: joint`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdit.config import UNetConfig
 from mmdit.denoiser import Conditioning, attention_records, skipped_layers
-from mmdit.models.layers import admit, attention, attention_weights, merge_heads, timestep_embedding
-
-
-class Text(NamedTuple):
-    """What the transformer blocks are told besides the features; read once per forward.
-
-    Attributes:
-        context: [B, L, E].
-        mask: bool [B, L], True = attend, or None.
-        skipped: numbers of the transformer blocks to leave out.
-        records: where the weights of image tokens on text tokens are collected, or None.
-    """
-
-    context: Tensor
-    mask: Tensor | None
-    skipped: frozenset[int]
-    records: dict[str, list[Tensor]] | None
-
-
-def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Module:
-    """Set weight and bias to zero: at the start the branch that ends in `module` adds nothing."""
-    nn.init.zeros_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-    return module
+from mmdit.models.layers import admit, timestep_embedding
+from mmdit.models.text import PerEncoder, project, read_text
+from mmdit.models.unet_attention import Companions, SpatialTransformer, zero_init
+from mmdit.models.unet_text import TextRoute, TextStop
 
 
 class ResBlock(nn.Module):
@@ -76,115 +54,6 @@ class ResBlock(nn.Module):
         return self.skip_connection(features) + self.out_layers(hidden)
 
 
-class Attention(nn.Module):
-    """Multi-head attention of image tokens to themselves or to the context."""
-
-    def __init__(self, channels: int, context_dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
-
-    def forward(
-        self, tokens: Tensor, context: Tensor, mask: Tensor | None = None, record: list[Tensor] | None = None
-    ) -> Tensor:
-        """Read `context` [B, L, E] from `tokens` [B, N, D]; append the weights [B, A, N, L] to `record` if given."""
-        q, k, v = (
-            rearrange(x, "B L (A K) -> B A L K", A=self.num_heads)
-            for x in (self.to_q(tokens), self.to_k(context), self.to_v(context))
-        )
-        if record is not None:
-            record.append(attention_weights(q, k, mask).detach())
-        return self.to_out(merge_heads(attention(q, k, v, mask)))
-
-
-class GEGLU(nn.Module):
-    """Linear to twice the width; one half gates the other. Source: Shazeer 2020, arXiv:2002.05202."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, hidden]."""
-        value, gate = self.proj(tokens).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """GEGLU and a linear map back; indices as in the releases (net.0.proj, net.2)."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(), nn.Linear(hidden, channels))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        return self.net(tokens)
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each behind a LayerNorm and a residual."""
-
-    def __init__(self, channels: int, config: UNetConfig, number: int, name: str) -> None:
-        super().__init__()
-        self.number, self.name = number, name
-        heads = config.num_heads or channels // config.head_dim
-        self.attn1 = Attention(channels, channels, heads)
-        self.ff = FeedForward(channels, round(channels * config.ff_mult))
-        self.attn2 = Attention(channels, config.context_dim, heads)
-        self.norm1 = nn.LayerNorm(channels)
-        self.norm2 = nn.LayerNorm(channels)
-        self.norm3 = nn.LayerNorm(channels)
-
-    def forward(self, tokens: Tensor, text: Text) -> Tensor:
-        """Map image tokens [B, N, D] to [B, N, D]."""
-        if self.number in text.skipped:
-            return tokens
-        record = None if text.records is None else text.records.setdefault(self.name, [])
-        normed = self.norm1(tokens)
-        tokens = tokens + self.attn1(normed, normed)
-        tokens = tokens + self.attn2(self.norm2(tokens), text.context, text.mask, record)
-        return tokens + self.ff(self.norm3(tokens))
-
-
-class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, with a residual around all of them."""
-
-    def __init__(self, channels: int, depth: int, config: UNetConfig, number: int, name: str) -> None:
-        super().__init__()
-        self.linear_projection = config.linear_projection
-        project = nn.Linear if config.linear_projection else _pointwise
-        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
-        self.proj_in = project(channels, channels)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, config, number + i, f"{name}.transformer_blocks.{i}") for i in range(depth)
-        )
-        self.proj_out = zero_init(project(channels, channels))
-
-    def forward(self, features: Tensor, text: Text) -> Tensor:
-        """Map features [B, D, H, W] to [B, D, H, W]."""
-        height, width = features.shape[-2:]
-        hidden = self.norm(features)
-        if not self.linear_projection:
-            hidden = self.proj_in(hidden)
-        tokens = rearrange(hidden, "B D H W -> B (H W) D")  # [B, N, D]; a view where features are channels_last
-        if self.linear_projection:
-            tokens = self.proj_in(tokens)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, text)
-        if self.linear_projection:
-            tokens = self.proj_out(tokens)
-        hidden = rearrange(tokens, "B (H W) D -> B D H W", H=height, W=width)  # [B, D, H, W]
-        return features + (hidden if self.linear_projection else self.proj_out(hidden))
-
-
-def _pointwise(channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, out_channels, 1)
-
-
 class Downsample(nn.Module):
     """Halve height and width by a convolution of stride 2."""
 
@@ -212,16 +81,16 @@ class Upsample(nn.Module):
 class Block(nn.Sequential):
     """One entry of input_blocks, middle_block or output_blocks: layers that take different companions."""
 
-    def forward(self, features: Tensor, time: Tensor, text: Text) -> Tensor:
+    def forward(self, features: Tensor, companions: Companions) -> tuple[Tensor, Companions]:
         """Run the layers over features [B, D, H, W]."""
         for layer in self:
             if isinstance(layer, ResBlock):
-                features = layer(features, time)
+                features = layer(features, companions.time)
             elif isinstance(layer, SpatialTransformer):
-                features = layer(features, text)
+                features, companions = layer(features, companions)
             else:
                 features = layer(features)
-        return features
+        return features, companions
 
 
 class UNet(nn.Module):
@@ -243,6 +112,7 @@ class UNet(nn.Module):
         base, time_dim, groups = config.model_channels, 4 * config.model_channels, config.norm_groups
         widths = [base * mult for mult in config.channel_mult]
         self.num_blocks = 0
+        route = TextRoute(config)
 
         self.time_embed = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         if config.pooled_dim is not None:
@@ -250,13 +120,16 @@ class UNet(nn.Module):
                 nn.Sequential(nn.Linear(config.pooled_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
             )
 
+        if config.injection == "cross" and config.text_projection == "per_encoder":
+            self.context_embedder = PerEncoder(config.text_streams or (), config.context_dim)
+
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(config.in_channels, base, 3, padding=1))])
         channels, skips = base, [base]
         for stage, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
                 name = f"input_blocks.{len(self.input_blocks)}"
                 layers = [ResBlock(channels, width, time_dim, groups)]
-                layers += self._transformer(width, config.transformer_depth[stage], f"{name}.1")
+                layers += self._transformer(width, config.transformer_depth[stage], f"{name}.1", route.down(stage))
                 self.input_blocks.append(Block(*layers))
                 channels = width
                 skips.append(channels)
@@ -266,7 +139,7 @@ class UNet(nn.Module):
 
         self.middle_block = Block(
             ResBlock(channels, channels, time_dim, groups),
-            *self._transformer(channels, config.middle_transformer_depth, "middle_block.1"),
+            *self._transformer(channels, config.middle_transformer_depth, "middle_block.1", route.middle()),
             ResBlock(channels, channels, time_dim, groups),
         )
 
@@ -275,8 +148,9 @@ class UNet(nn.Module):
             for i in range(config.num_res_blocks + 1):
                 name = f"output_blocks.{len(self.output_blocks)}"
                 layers = [ResBlock(channels + skips.pop(), width, time_dim, groups)]
-                layers += self._transformer(width, config.transformer_depth[stage], f"{name}.1")
-                if stage and i == config.num_res_blocks:
+                last = i == config.num_res_blocks
+                layers += self._transformer(width, config.transformer_depth[stage], f"{name}.1", route.up(stage, last))
+                if stage and last:
                     layers += [Upsample(width)]
                 self.output_blocks.append(Block(*layers))
                 channels = width
@@ -287,13 +161,13 @@ class UNet(nn.Module):
             zero_init(nn.Conv2d(channels, config.out_channels, 3, padding=1)),
         )
 
-    def _transformer(self, channels: int, depth: int, name: str) -> list[nn.Module]:
+    def _transformer(self, channels: int, depth: int, name: str, stop: TextStop) -> list[nn.Module]:
         """Return the transformer of a block in a list, or an empty one where the stage has none."""
         if depth == 0:
             return []
         first = self.num_blocks
         self.num_blocks += depth
-        return [SpatialTransformer(channels, depth, self.config, first, name)]
+        return [SpatialTransformer(channels, depth, self.config, first, name, stop)]
 
     def forward(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict velocity, epsilon, v or sample, as the run decides.
@@ -308,7 +182,7 @@ class UNet(nn.Module):
             [B, out_channels, H, W].
 
         Raises:
-            ValueError: shapes do not fit the config, or `conditioning.negative` is given.
+            ValueError: shapes do not fit the config; see `admit` and `read_text`.
         """
         return self.run_blocks(latents, timestep, conditioning)
 
@@ -336,26 +210,33 @@ class UNet(nn.Module):
         added: Iterator[Tensor] = iter(residuals or ())
 
         time = self.embed_time(timestep, conditioning.pooled)  # [B, 4 model_channels]
-        text = Text(
-            conditioning.context.to(time.dtype),
-            conditioning.context_mask,
-            skipped_layers(self),
-            attention_records(self),
-        )
+        companions = self._companions(time, conditioning)
 
         features = latents.to(time.dtype).contiguous(memory_format=torch.channels_last)
         skips = []
         for block in self.input_blocks:
-            features = block(features, time, text)
+            features, companions = block(features, companions)
             skips.append(features)
         if residuals is not None:
             skips = [skip + next(added) for skip in skips]
-        features = self.middle_block(features, time, text)
+        features, companions = self.middle_block(features, companions)
         if residuals is not None:
             features = features + next(added)
         for block in self.output_blocks:
-            features = block(torch.cat([features, skips.pop()], dim=1), time, text)
+            features, companions = block(torch.cat([features, skips.pop()], dim=1), companions)
         return self.out(features)  # [B, out_channels, H, W]
+
+    def _companions(self, time: Tensor, conditioning: Conditioning) -> Companions:
+        """Gather what the blocks are told besides the features."""
+        config, states = self.config, None
+        if config.injection != "pooled":
+            states = read_text(config, conditioning, time.dtype)
+        text = states
+        if states is not None and config.injection == "cross" and config.text_projection == "per_encoder":
+            text = project(self.context_embedder, states)
+        pooled = conditioning.pooled if config.text_in_query else None
+        first = None if config.injection == "joint" else text  # a level's entry brings the states in
+        return Companions(time, states, first, {}, pooled, skipped_layers(self), attention_records(self))
 
     def embed_time(self, timestep: Tensor, pooled: Tensor | None) -> Tensor:
         """Embed network time [B] and, where the config has it, the pooled vector [B, G]: [B, 4 model_channels]."""

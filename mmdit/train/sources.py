@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mmdit.config import ConfigError, RunConfig
+from mmdit.config import ConfigError, RunConfig, reads_streams
 from mmdit.data import make_dataset
 from mmdit.data.cache import LiveBatches, precompute
 from mmdit.encoders.text import TextEncoders
@@ -83,13 +83,17 @@ def check_widths(config: RunConfig, vae: AutoencoderKL, text: TextEncoders) -> N
         ConfigError: the widths that differ, and the overrides that would fit.
     """
     channels, model = vae.config.latent_channels, config.model
-    wanted = {"in_channels": channels, "out_channels": channels, "context_dim": text.context_dim}
+    wanted: dict[str, Any] = {"in_channels": channels, "out_channels": channels, "context_dim": text.context_dim}
     if model.pooled_dim is not None:
         wanted["pooled_dim"] = text.pooled_dim
-    wrong = {name: value for name, value in wanted.items() if getattr(model, name) != value}
+    if reads_streams(model):
+        wanted["text_streams"] = {name: width for name, _, _, width in text.streams}
+    has = model.model_dump()
+    wrong = {name: value for name, value in wanted.items() if has[name] != value}
     if wrong:
-        given = ", ".join(f"model.{name} is {getattr(model, name)}" for name in wrong)
-        fitting = " ".join(f"--model.{name} {value}" for name, value in wrong.items())
+        given = ", ".join(f"model.{name} is {has[name]}" for name in wrong)
+        quoted = {name: f'"{value}"' if isinstance(value, dict) else value for name, value in wrong.items()}
+        fitting = " ".join(f"--model.{name} {value}" for name, value in quoted.items())
         raise ConfigError(f"{given}, but the encoders of this run give others; set {fitting}")
 
 

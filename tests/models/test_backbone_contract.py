@@ -10,28 +10,49 @@ from mmdit.models import BACKBONES, build_denoiser
 
 WIDTHS = {"in_channels": 4, "out_channels": 4, "context_dim": 24, "pooled_dim": 20}
 TRANSFORMER = {"depth": 3, "width": 32, "num_heads": 4, "pos_embed_max_size": 8, "pos_embed_base_size": 4}
+STREAMS = {"text_streams": {"clip": 20, "t5": 24}}
+CONVOLUTIONAL = {
+    "model_channels": 16, "channel_mult": (1, 2), "num_res_blocks": 1, "transformer_depth": (1, 1), "head_dim": 8,
+    "linear_projection": True, "norm_groups": 4,
+}  # fmt: skip
+JOINT = {**CONVOLUTIONAL, "injection": "joint"}
 SIZES = {
     "mmdit": [
         TRANSFORMER,
         {**TRANSFORMER, "qk_norm": "rms", "dual_attention_layers": (0, 1)},
         {**TRANSFORMER, "depth": 2, "width": 48, "num_heads": 3, "mlp_ratio": 2.5},
+        {**TRANSFORMER, "weight_sets": 1, "qk_norm": "rms"},
+        {**TRANSFORMER, "weight_sets": 3, "qk_norm": "rms", "dual_attention_layers": (1,), **STREAMS},
+        {**TRANSFORMER, "text_projection": "per_encoder", "pooled_dim": None, **STREAMS},
+        {**TRANSFORMER, "injection": "pooled", "dual_attention_layers": (1,)},
     ],
-    "crossdit": [TRANSFORMER, {**TRANSFORMER, "qk_norm": "rms"}],
+    "crossdit": [
+        TRANSFORMER,
+        {**TRANSFORMER, "qk_norm": "rms"},
+        {**TRANSFORMER, "injection": "decoupled", "qk_norm": "rms", **STREAMS},
+        {**TRANSFORMER, "injection": "decoupled", "text_projection": "per_encoder", "pooled_dim": None, **STREAMS},
+        {**TRANSFORMER, "text_projection": "per_encoder", **STREAMS},
+        {**TRANSFORMER, "injection": "pooled"},
+    ],
     "unet": [
-        {
-            "model_channels": 16,
-            "channel_mult": (1, 2),
-            "num_res_blocks": 1,
-            "transformer_depth": (1, 1),
-            "head_dim": 8,
-            "linear_projection": linear,
-            "norm_groups": 4,
-        }
-        for linear in (True, False)
+        CONVOLUTIONAL,
+        {**CONVOLUTIONAL, "linear_projection": False},
+        {**CONVOLUTIONAL, "injection": "decoupled", "text_in_query": True, **STREAMS},
+        {**CONVOLUTIONAL, "text_projection": "per_encoder", "pooled_dim": None, "text_stages": (1,), **STREAMS},
+        {**CONVOLUTIONAL, "text_stages": (0, "middle"), "text_in_query": True},
+        {**JOINT, "linear_projection": False, "pooled_dim": None},
+        {**JOINT, "weight_sets": 1, "num_res_blocks": 2, "transformer_depth": (2, 1), "text_in_query": True},
+        {**JOINT, "weight_sets": 3, "text_projection": "per_encoder", **STREAMS},
+        {**JOINT, "text_stages": (0,)},
+        {**JOINT, "text_stages": ("middle",), "middle_transformer_depth": 2},
+        {**JOINT, "transformer_depth": (2, 0)},
+        {**CONVOLUTIONAL, "injection": "pooled"},
     ],
 }
 CASES = [(name, i) for name in BACKBONES for i in range(len(SIZES.get(name, [{}])))]
+READING = [(name, i) for name, i in CASES if SIZES[name][i].get("injection") != "pooled"]
 each_backbone = pytest.mark.parametrize(("name", "size"), CASES)
+each_reader = pytest.mark.parametrize(("name", "size"), READING)  # of text tokens
 
 
 def build(name, size, fill=True, **fields):
@@ -47,11 +68,22 @@ def build(name, size, fill=True, **fields):
 
 
 def draw(batch=3, height=8, width=8, length=6, seed=0):
-    """Random inputs: latents, timestep, conditioning."""
+    """Random inputs: latents, timestep, conditioning; a third of the text is the narrower stream, zero-padded."""
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     timestep = torch.tensor([7.5, 420.0, 999.0, 1.0])[:batch]
-    return randn(batch, 4, height, width), timestep, Conditioning(randn(batch, length, 24), randn(batch, 20))
+    latents, context, pooled = randn(batch, 4, height, width), randn(batch, length, 24), randn(batch, 20)
+    clip = length // 3
+    context[:, :clip, 20:] = 0
+    streams = (("clip", 0, clip, 20), ("t5", clip, length, 24))
+    return latents, timestep, Conditioning(context, pooled, streams=streams)
+
+
+def cut(conditioning, length):
+    """The first tokens of a text; its last stream ends earlier."""
+    (name, start, _, width) = conditioning.streams[-1]
+    streams = (*conditioning.streams[:-1], (name, start, length, width))
+    return conditioning._replace(context=conditioning.context[:, :length], streams=streams)
 
 
 def predict(denoiser, *inputs):
@@ -111,7 +143,7 @@ def test_a_sample_does_not_depend_on_the_others_in_its_batch(name, size):
     torch.testing.assert_close(predict(denoiser, *mixed, swapped)[0], together[0], rtol=0, atol=2e-5)
 
 
-@each_backbone
+@each_reader
 @pytest.mark.parametrize("length", [6, 140])  # both kernels of `layers.attention`
 def test_masked_text_tokens_have_no_influence(name, size, length):
     denoiser = build(name, size)
@@ -133,7 +165,7 @@ def test_masking_text_tokens_is_the_same_as_leaving_them_out(name, size):
     latents, timestep, conditioning = draw()
     mask = torch.tensor([[True, True, True, False, False, False]] * 3)
     masked = predict(denoiser, latents, timestep, conditioning._replace(context_mask=mask))
-    trimmed = predict(denoiser, latents, timestep, conditioning._replace(context=conditioning.context[:, :3]))
+    trimmed = predict(denoiser, latents, timestep, cut(conditioning, 3))
     torch.testing.assert_close(masked, trimmed, rtol=0, atol=2e-5)
 
 
@@ -167,7 +199,11 @@ def test_each_input_has_influence(name, size, changed):
     else:
         conditioning = conditioning._replace(**{changed: getattr(other, changed)})
     after = predict(denoiser, latents, timestep, conditioning)
-    assert all((after[i] - before[i]).abs().max() > 1e-4 for i in range(3))
+    without = {"pooled": SIZES[name][size].get("pooled_dim", 20) is None, "context": (name, size) not in READING}
+    if without.get(changed):
+        assert torch.equal(after, before)
+    else:
+        assert all((after[i] - before[i]).abs().max() > 1e-4 for i in range(3))
 
 
 @each_backbone
@@ -241,9 +277,19 @@ def test_inputs_that_do_not_fit_are_refused_in_words(name, size):
         "timestep must be": (latents, timestep[:2], conditioning),
         "context must be": (latents, timestep, conditioning._replace(context=conditioning.context[..., :23])),
         "context_mask must be": (latents, timestep, conditioning._replace(context_mask=torch.ones(3, 6))),
-        "pooled must be": (latents, timestep, conditioning._replace(pooled=None)),
-        "negative": (latents, timestep, conditioning._replace(negative=conditioning.context)),
+        "belong together": (latents, timestep, conditioning._replace(negative=conditioning.context)),
     }
+    if denoiser.config.pooled_dim is not None:
+        wrong["pooled must be"] = (latents, timestep, conditioning._replace(pooled=None))
+    if SIZES[name][size].get("text_streams"):
+        streams = {
+            "does not say where they lie": None,
+            "has weights for": (("clip", 0, 2, 20), ("byt5", 2, 6, 24)),
+            "24 wide, this .* reads 20": (("clip", 0, 2, 24), ("t5", 2, 6, 24)),
+            "do not cover the 6 text tokens": (("clip", 0, 2, 20), ("t5", 2, 5, 24)),
+        }
+        for message, layout in streams.items():
+            wrong[message] = (latents, timestep, conditioning._replace(streams=layout))
     for message, inputs in wrong.items():
         with pytest.raises(ValueError, match=message):
             denoiser(*inputs)
@@ -259,7 +305,7 @@ def test_skipping_a_layer_changes_the_prediction_only_inside_the_context(name, s
     assert torch.equal(predict(denoiser, *draw()), before)
 
 
-@each_backbone
+@each_reader
 def test_recorded_attention_is_what_image_tokens_read_from_the_text(name, size):
     denoiser = build(name, size)
     latents, timestep, conditioning = draw()
@@ -277,7 +323,8 @@ def test_recorded_attention_is_what_image_tokens_read_from_the_text(name, size):
         batch, _, num_image_tokens, length = weights[0].shape
         assert (batch, length) == (3, 6)
         assert num_image_tokens in (64, 16)
-        assert weights[0].sum(-1).max() <= 1 + 1e-5
+        readings = 2 if SIZES[name][size].get("injection") == "decoupled" else 1
+        assert weights[0].sum(-1).max() <= readings + 1e-5
         assert weights[0].sum(-1).min() > 0
         assert weights[0][..., 4:].abs().max() == 0
 

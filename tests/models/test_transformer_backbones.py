@@ -64,7 +64,7 @@ def test_mmdit_updates_the_text_and_crossdit_does_not():
         target = denoiser.get_submodule(block)
         kv = target.context_block.attn.qkv if name == "mmdit" else target.cross_attn.kv
         if name == "mmdit":  # the last block applies a slice of `qkv`, so watch what goes in
-            target.register_forward_pre_hook(lambda _, inputs, keys=keys: keys.append(inputs[0]))
+            target.register_forward_pre_hook(lambda _, inputs, keys=keys: keys.append(inputs[1].context))
         else:
             kv.register_forward_hook(lambda _, __, output, keys=keys: keys.append(output))
         with torch.no_grad():

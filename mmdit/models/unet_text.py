@@ -1,0 +1,123 @@
+"""How text tokens travel through the stages of a U-Net with joint attention. Ours; docs/conditioning.md draws it.
+
+A level is a stage by its resolution, down and up, and each has its own width. Where text comes to a level whose width
+is another, it goes through a `TextEntry`:
+
+    going down   text = W_states states  (+ W_carried LayerNorm(text of the level before))
+    going up     text = W_carried LayerNorm(text of the level before) + text as the way down left this level
+
+States are read again at each level of the way down, so that a narrow first stage is no bottleneck for a wide deep
+one; the skip of the way up is the text's counterpart of the U-Net's own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from mmdit.config import UNetConfig
+from mmdit.models.text import Text, project, text_projection
+
+MIDDLE = "middle"
+
+
+class TextStop(NamedTuple):
+    """What one transformer has to do with text.
+
+    Attributes:
+        level: the stage, or "middle".
+        reads: its blocks read text tokens.
+        joint: and update them.
+        down: it stands on the way down, so that it leaves its text for the way up.
+        enters: text comes from another level, or from the encoders.
+        carried: width of the text that comes, or None where there is none yet.
+        skips: enters on the way up, to a level where the way down has left text.
+        last: no later transformer reads the text.
+    """
+
+    level: int | str
+    reads: bool
+    joint: bool = False
+    down: bool = False
+    enters: bool = False
+    carried: int | None = None
+    skips: bool = False
+    last: bool = False
+
+
+class TextRoute:
+    """Hands out the stops in the order in which the network runs; bookkeeping while it is built, no module."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        self.config = config
+        self.reading = config.reading_stages
+        self.widths = [mult * config.model_channels for mult in config.channel_mult]
+        self.at: int | str | None = None  # the level at which the text is
+        self.width: int | None = None
+        stages = [stage for stage in self.reading if isinstance(stage, int)]
+        self.final: int | str = min(stages) if stages else MIDDLE
+
+    def down(self, stage: int) -> TextStop:
+        """Return the stop of a transformer in `input_blocks`."""
+        return self._stop(stage, self.widths[stage], down=True)
+
+    def middle(self) -> TextStop:
+        """Return the stop of the middle block, which belongs to the deepest level where that has text."""
+        deepest = len(self.widths) - 1
+        return self._stop(MIDDLE, self.widths[-1], joined=deepest, last=self.final == MIDDLE)
+
+    def up(self, stage: int, last_of_stage: bool) -> TextStop:
+        """Return the stop of a transformer in `output_blocks`."""
+        return self._stop(stage, self.widths[stage], last=last_of_stage and self.final == stage, up=True)
+
+    def _stop(
+        self,
+        place: int | str,
+        width: int,
+        *,
+        joined: int | None = None,
+        down: bool = False,
+        up: bool = False,
+        last: bool = False,
+    ) -> TextStop:
+        reads, joint = place in self.reading, self.config.injection == "joint"
+        if not (reads and joint):
+            return TextStop(place, reads)
+        level = self.at if joined is not None and self.at == joined else place
+        enters, carried = level != self.at, self.width
+        self.at, self.width = level, width
+        return TextStop(level, True, True, down, enters, carried if enters else None, enters and up, last)
+
+
+class TextEntry(nn.Module):
+    """Text comes to a level: encoder states on the way down, the text of the level before, the skip on the way up."""
+
+    def __init__(self, config: UNetConfig, width: int, stop: TextStop) -> None:
+        super().__init__()
+        if not stop.skips:
+            self.states = text_projection(config, width)
+        if stop.carried is not None:
+            self.norm = nn.LayerNorm(stop.carried)
+            self.carried = nn.Linear(stop.carried, width)
+
+    def forward(self, states: Text, text: Text | None, left: Text | None) -> Text:
+        """Return the text in this level's width, [B, L, D].
+
+        Args:
+            states: the encoders', [B, L, E].
+            text: of the level before, [B, L, D'], or None at the first level.
+            left: what the way down left at this level, [B, L, D]; read on the way up.
+        """
+        entering = left if not hasattr(self, "states") else project(self.states, states)
+        assert entering is not None
+        if text is None:
+            return entering
+        carried = text.map(self._carry)
+        negative = None
+        if entering.negative is not None and carried.negative is not None:
+            negative = entering.negative + carried.negative
+        return entering._replace(context=entering.context + carried.context, negative=negative)
+
+    def _carry(self, text: Tensor) -> Tensor:
+        return self.carried(self.norm(text))
