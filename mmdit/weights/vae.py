@@ -5,16 +5,14 @@ Source: the key list of the SD3 release (tests/weights/keys/vae.tsv) and diffuse
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from mmdit.config import VAEConfig
+from mmdit.weights.header import WeightsError
 
 PREFIXES = ("first_stage_model.", "vae.", "")  # in a whole checkpoint; bare last
 
@@ -40,9 +38,9 @@ _PARTS = (
 _OLD = (("query.", "to_q."), ("key.", "to_k."), ("value.", "to_v."), ("proj_attn.", "to_out.0."))
 
 # shift and scale are nowhere in the weights. Sources: the releases' own model code and configs.
-_LATENT_STATISTICS = {
+LATENT_STATISTICS = {
     "sd3": {"shift": 0.0609, "scale": 1.5305},
-    "sd1": {"shift": 0.0, "scale": 0.18215},
+    "sd1.5": {"shift": 0.0, "scale": 0.18215},
     "sdxl": {"shift": 0.0, "scale": 0.13025},
 }
 
@@ -74,22 +72,32 @@ def _rename(key: str, source: int, target: int) -> str:
     return key
 
 
+def original_names(keys: Iterable[str]) -> dict[str, str]:
+    """Return {original name: key}, of keys without prefix in either layout."""
+    keys = list(keys)
+    if not is_diffusers(keys):
+        return {key: key for key in keys}
+    levels, out = _levels(keys), {}
+    for key in keys:
+        name = key
+        for old, new in _OLD:
+            name = name.replace(f"attentions.0.{old}", f"attentions.0.{new}")
+        out[_rename(_turn(name, levels), source=1, target=0)] = key
+    return out
+
+
+def original_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape under an original name: attention weights, Linear [C, C] in diffusers, are 1x1 convolutions."""
+    return (*shape, 1, 1) if ".attn_1." in name and name.endswith(".weight") and len(shape) == 2 else shape
+
+
 def to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename diffusers' keys to the original ones; a state in the original layout passes unchanged.
 
     Attention weights, Linear [C, C] in diffusers, become 1x1 convolutions [C, C, 1, 1].
     """
-    if not is_diffusers(state):
-        return dict(state)
-    levels, out = _levels(state), {}
-    for key, tensor in state.items():
-        for old, new in _OLD:
-            key = key.replace(f"attentions.0.{old}", f"attentions.0.{new}")
-        name = _rename(_turn(key, levels), source=1, target=0)
-        if ".attn_1." in name and name.endswith(".weight") and tensor.ndim == 2:
-            tensor = tensor[:, :, None, None]
-        out[name] = tensor
-    return out
+    names = original_names(state)
+    return {name: state[key].reshape(original_shape(name, tuple(state[key].shape))) for name, key in names.items()}
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,77 +120,109 @@ def find_prefix(keys: Iterable[str], file: object) -> str:
     for prefix in PREFIXES:
         if f"{prefix}encoder.conv_in.weight" in keys:
             return prefix
-    raise ValueError(
+    raise WeightsError(
         f"{file} holds no VAE: none of its {len(keys)} keys is '[first_stage_model.|vae.]encoder.conv_in.weight'; "
         f"it begins with {keys[:3]}"
     )
 
 
+def name_sources(keys: Iterable[str]) -> dict[str, str]:
+    """Return {original name: key} of the VAE in a file; training's losses, which some files carry, are left out.
+
+    Raises:
+        ValueError: the file holds no VAE.
+    """
+    prefix = find_prefix(keys, getattr(keys, "path", "the file"))
+    held = [key[len(prefix) :] for key in keys if key.startswith(prefix)]
+    names = original_names(key for key in held if not key.startswith("loss."))
+    return {name: prefix + key for name, key in names.items()}
+
+
 def release_of(keys: Iterable[str]) -> str | None:
-    """Tell from the other parts of a whole checkpoint which release it is: sd1 | sdxl | sd3; None for a bare VAE."""
+    """Tell from the other parts of a whole checkpoint which family it is: sd1.5 | sdxl | sd3; None for a bare VAE."""
     keys = list(keys)
-    marks = {"joint_blocks.": "sd3", "model.diffusion_model.label_emb.": "sdxl", "model.diffusion_model.": "sd1"}
-    for mark, release in marks.items():
+    marks = {
+        "joint_blocks.": "sd3",
+        "text_encoders.": "sd3",
+        "model.diffusion_model.label_emb.": "sdxl",
+        "conditioner.embedders.": "sdxl",
+        "model.diffusion_model.": "sd1.5",
+        "cond_stage_model.": "sd1.5",
+    }
+    for mark, family in marks.items():
         if any(mark in key for key in keys):
-            return release
+            return family
     return None
 
 
-def in_folder(folder: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Return the weights' file and the config of a diffusers folder: the VAE's own, or the pipeline's above it.
-
-    Raises:
-        FileNotFoundError: the folder holds no single .safetensors file.
-    """
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    files = [file for file in sorted(folder.glob("*.safetensors")) if "fp16" not in file.name]
-    files = files or sorted(folder.glob("*.safetensors"))
-    named = [f for f in files if f.name in ("diffusion_pytorch_model.safetensors", "vae.safetensors")]
-    files = named or files
-    if len(files) != 1:
-        raise FileNotFoundError(
-            f"{folder} holds {len(files)} .safetensors files ({[f.name for f in files]}); expected one: give its path"
-        )
-    config = folder / "config.json"
-    return files[0], json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
-
-
 def infer_fields(
-    state: Mapping[str, Tensor], folder_config: Mapping[str, Any] | None = None, release: str | None = None
+    shapes: Mapping[str, tuple[int, ...]],
+    folder_config: Mapping[str, Any] | None = None,
+    family: str | None = None,
 ) -> dict[str, Any]:
-    """Tell the fields of VAEConfig from the shapes of a state in the original layout.
+    """Tell the fields of VAEConfig from shapes under the original names.
 
     Args:
         folder_config: diffusers' config.json, which knows the norm groups and the latents' shift and scale.
-        release: sd1 | sdxl | sd3, where the file's other parts told; None: a bare VAE.
+        family: sd1.5 | sdxl | sd3, where the file's other parts told or the user said; None: a bare VAE.
 
-    A bare VAE with 16 channels is taken for SD3's, one with 4 channels for SD1's; the latter is said as a warning,
-    since SDXL's has the same shapes and another scale (`load_vae(path, scale=0.13025)`).
+    `shift` and `scale` are left out where nothing tells them: of a bare VAE whose latents have not 16 channels, SD3's.
     """
-    levels = _levels(state)
+    levels = _levels(shapes)
     blocks = [
-        int(m.group(1)) for key in state if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight", key))
+        int(m.group(1)) for key in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight", key))
     ]
-    latent_channels = state["decoder.conv_in.weight"].shape[1]
-    fields: dict[str, Any] = {
-        "block_channels": tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)),
-        "num_res_blocks": max(blocks) + 1,
-        "latent_channels": latent_channels,
-        "use_quant_conv": "quant_conv.weight" in state,
-        "mid_attention": "encoder.mid.attn_1.q.weight" in state,
-        "stem_patch": 2 if state["encoder.conv_in.weight"].shape[1] == 12 else 1,
-    }
+    try:
+        fields: dict[str, Any] = {
+            "block_channels": tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
+            "num_res_blocks": max(blocks, default=0) + 1,
+            "latent_channels": shapes["decoder.conv_in.weight"][1],
+            "use_quant_conv": "quant_conv.weight" in shapes,
+            "mid_attention": "encoder.mid.attn_1.q.weight" in shapes,
+            "stem_patch": 2 if shapes["encoder.conv_in.weight"][1] == 12 else 1,
+        }
+    except KeyError as error:
+        raise WeightsError(f"the VAE is not whole: {error.args[0]!r} is missing; take the file again") from None
     if folder_config is not None:
         fields["norm_groups"] = folder_config.get("norm_num_groups", 32)
-        fields["shift"] = folder_config.get("shift_factor") or 0.0
-        fields["scale"] = folder_config.get("scaling_factor", 0.18215)
-        return fields
-    if release is None:
-        release = "sd3" if latent_channels == 16 else "sd1"
-        if release == "sd1":
-            logger.warning(
-                "a bare VAE with %d latent channels: SD1's scale 0.18215 is taken; SDXL's has the same shapes, say "
-                "scale=0.13025 for it",
-                latent_channels,
-            )
-    return fields | _LATENT_STATISTICS[release]
+        if family is None and ("scaling_factor" in folder_config or fields["latent_channels"] == 4):
+            fields["shift"] = folder_config.get("shift_factor") or 0.0
+            fields["scale"] = folder_config.get("scaling_factor", 0.18215)  # diffusers' default, of SD1.5's old folders
+            return fields
+    if family is None and fields["latent_channels"] == 16:
+        family = "sd3"
+    return fields | LATENT_STATISTICS.get(family or "", {})
+
+
+def diffusers_config(config: VAEConfig) -> dict[str, Any]:
+    """Return the config.json of diffusers' AutoencoderKL.
+
+    Raises:
+        ValueError: the VAE has a stem or a scale per channel, which diffusers has not.
+    """
+    foreign = [f"stem_patch={config.stem_patch}"] if config.stem_patch > 1 else []
+    foreign += [
+        f"one latent {name} per channel" for name in ("shift", "scale") if isinstance(getattr(config, name), tuple)
+    ]
+    foreign += ["clamp"] if config.clamp else []
+    if foreign:
+        raise ValueError(f"diffusers has no {', '.join(foreign)}; save this VAE in the original layout")
+    levels = len(config.block_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": list(config.block_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": config.num_res_blocks,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_groups,
+        "act_fn": "silu",
+        "mid_block_add_attention": config.mid_attention,
+        "use_quant_conv": config.use_quant_conv,
+        "use_post_quant_conv": config.use_quant_conv,
+        "scaling_factor": config.scale,
+        "shift_factor": config.shift or None,
+        "force_upcast": True,
+    }
