@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Score:
-    """How a number is shown: its name for people, a factor and format, and which way is better."""
+    """How a number is shown: its name for people, a factor and format, and which way is better.
+
+    `noun` stands in a sentence ("3.1 points of relation accuracy"); empty: the label.
+    """
 
     label: str
     better: int  # +1 more is better, -1 less is better
     factor: float = 1.0
     digits: int = 3
     unit: str = ""
+    noun: str = ""
 
 
 # every score a metric may give, in the order of a table
@@ -25,7 +29,7 @@ SCORES: dict[str, Score] = {
     "relation": Score("relation", +1, 100, 1, "%"),
     "early": Score("early objects", +1, 100, 1, "%"),
     "late": Score("late objects", +1, 100, 1, "%"),
-    "all_correct": Score("all correct", +1, 100, 1, "%"),
+    "all_correct": Score("all correct", +1, 100, 1, "%", "pictures right in everything"),
     "unreadable": Score("unreadable", -1, 100, 1, "%"),
     "same_base": Score("right tone", +1, 100, 1, "%"),  # retrieved among the same base in other tones
     "same_tone": Score("right base", +1, 100, 1, "%"),  # among other bases in the same tone
