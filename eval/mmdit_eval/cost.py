@@ -1,7 +1,8 @@
-"""What one forward of a denoiser costs: parameters and FLOPs, counted on `meta`, so no memory and no time."""
+"""What a row costs: parameters and FLOPs of one forward, counted on `meta`; evaluations and FLOPs of a picture."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,22 +11,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmdit.config import RunConfig
 from mmdit.data import make_dataset
-from mmdit.denoiser import Conditioning
+from mmdit.denoiser import Conditioning, Streams
 from mmdit.encoders.text import TextEncoders, apply_padding, load_text_encoders
 from mmdit.encoders.vae import load_vae
 from mmdit.models import build_denoiser
-from mmdit.models.text import even_streams
 from mmdit.presets import VAE_WIDTHS
 
 _CAPTIONS = 128  # captions looked at for the length of a trimmed batch
 
 
 class Cost(NamedTuple):
-    """Cost of one row: trained parameters, FLOPs of one forward of one image (2 a multiply-add), text tokens of it."""
+    """Cost of one row.
+
+    Attributes:
+        parameters: trained ones.
+        flops: of one forward of one image, 2 a multiply-add.
+        tokens: text tokens of it.
+        evaluations: forwards that drawing one image takes, guidance and all steps included; 0: not worked out.
+        image_flops: FLOPs of these forwards.
+    """
 
     parameters: int
     flops: int
     tokens: int
+    evaluations: int = 0
+    image_flops: int = 0
 
 
 def cost_of(config: RunConfig) -> Cost:
@@ -34,14 +44,13 @@ def cost_of(config: RunConfig) -> Cost:
     Raises:
         FileNotFoundError: the data have not been built.
     """
-    tokens, context_dim, pooled_dim = _text_shape(config.model_dump_json())
-    vae_factor, channels = _vae_shape(config.encoders.vae)
+    tokens, context_dim, pooled_dim, streams = text_shape(config)
+    height, width = latent_size(config)
+    channels = _vae_shape(config.encoders.vae)[1]
     with torch.device("meta"):
         denoiser = build_denoiser(config.model).eval()
-        side = config.data.resolution // vae_factor
-        latents, timestep = torch.zeros(1, channels, side, side), torch.zeros(1)
+        latents, timestep = torch.zeros(1, channels, height, width), torch.zeros(1)
         pooled = None if pooled_dim is None else torch.zeros(1, pooled_dim)
-        streams = even_streams(config.model, tokens)
         conditioning = Conditioning(torch.zeros(1, tokens, context_dim), pooled, streams=streams)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             denoiser(latents, timestep, conditioning)
@@ -49,23 +58,48 @@ def cost_of(config: RunConfig) -> Cost:
     return Cost(parameters, int(counter.get_total_flops()), tokens)
 
 
-def check_match(costs: dict[str, Cost], within: float) -> str | None:
-    """Say which rows are farther apart in parameters than the study allows; None where all are near enough."""
-    largest = max(costs, key=lambda row: costs[row].parameters)
-    smallest = min(costs, key=lambda row: costs[row].parameters)
-    ratio = costs[largest].parameters / costs[smallest].parameters
+def drawing_cost(config: RunConfig, cost: Cost) -> Cost:
+    """Add what drawing one image takes: forwards of the sampler's grid, twice where guidance acts.
+
+    Heun looks twice at every step but the last. FLOPs of text encoders and VAE are not counted.
+    """
+    sampling = config.sampling
+    looks = 2 * sampling.num_steps - 1 if sampling.sampler == "heun" else sampling.num_steps
+    evaluations = looks * (1 if sampling.guidance_scale in (0.0, 1.0) else 2)
+    return cost._replace(evaluations=evaluations, image_flops=evaluations * cost.flops)
+
+
+def check_match(costs: Mapping[str, Cost], within: float, by: str = "parameters") -> str | None:
+    """Say which rows are farther apart than the study allows; None where all are near enough."""
+
+    def size(row: str) -> int:
+        return int(getattr(costs[row], by))
+
+    largest, smallest = max(costs, key=size), min(costs, key=size)
+    ratio = size(largest) / size(smallest)
     if ratio <= 1.0 + within:
         return None
+    unit = "parameters" if by == "parameters" else "FLOP a forward"
     return (
-        f"row {largest!r} has {costs[largest].parameters:,} parameters, row {smallest!r} "
-        f"{costs[smallest].parameters:,}: {100 * (ratio - 1):.1f} % more, the study allows {100 * within:.0f} %. "
-        f"Change a width, raise match.within, or set match: null to compare unequal sizes"
+        f"row {largest!r} has {size(largest):,} {unit}, row {smallest!r} {size(smallest):,}: {100 * (ratio - 1):.1f} % "
+        f"more, the study allows {100 * within:.0f} %. Set match.solve: true to have widths solved, change one by "
+        f"hand, raise match.within, or set match: null to compare unequal sizes"
     )
 
 
-@lru_cache(maxsize=8)
-def _text_shape(config_json: str) -> tuple[int, int, int | None]:
-    """Tokens, E and G that the denoiser of this config sees in a batch of its own captions."""
+def latent_size(config: RunConfig) -> tuple[int, int]:
+    """Return H and W of a run's latents."""
+    side = config.data.resolution // _vae_shape(config.encoders.vae)[0]
+    return side, side
+
+
+def text_shape(config: RunConfig) -> tuple[int, int, int | None, Streams | None]:
+    """Return tokens L, E, G and the streams that the denoiser of a run sees in a batch of its own captions."""
+    return _text_shape(config.model_copy(update={"name": "any", "seed": 0}).model_dump_json())
+
+
+@lru_cache(maxsize=64)
+def _text_shape(config_json: str) -> tuple[int, int, int | None, Streams | None]:
     config = RunConfig.model_validate_json(config_json)
     text = _text(config.encoders.text, config.encoders.t5_length)
     dataset = make_dataset(config.data, "val")
@@ -73,7 +107,7 @@ def _text_shape(config_json: str) -> tuple[int, int, int | None]:
     padding = config.encoders.padding
     encoded = apply_padding(text.encode(captions, padding="attend" if padding == "attend" else "mask"), padding)
     pooled = None if encoded.pooled is None else encoded.pooled.shape[1]
-    return encoded.context.shape[1], encoded.context.shape[2], pooled
+    return encoded.context.shape[1], encoded.context.shape[2], pooled, encoded.streams
 
 
 @lru_cache(maxsize=2)

@@ -22,14 +22,16 @@ def run_queue(
     begun: Callable[[str], None],
     ended: Callable[[str, int], None],
     *,
+    devices: Sequence[int] | None = None,
     poll: float = 0.1,
 ) -> bool:
-    """Run commands in their order, `workers` at a time; each gets its share of the cores.
+    """Run commands in their order, `workers` at a time; each gets its share of the cores, and one of the GPUs.
 
     Args:
         commands: by name.
         begun: told a name when its process starts.
         ended: told a name and its exit code.
+        devices: GPUs that the workers take in turn; None: those that this process may see.
         poll: seconds between two looks at the processes.
 
     Returns:
@@ -37,7 +39,7 @@ def run_queue(
         to save, are waited for, and no new ones begin.
     """
     waiting, running = list(commands), dict[str, Any]()
-    stopped = False
+    stopped, gpus = False, visible_devices() if devices is None else [str(device) for device in devices]
     while running or (waiting and not stopped):
         try:
             while waiting and len(running) < workers and not stopped:
@@ -45,7 +47,7 @@ def run_queue(
                 taken = {int(process.place) for process in running.values()}
                 place = min(set(range(workers)) - taken)
                 begun(name)
-                running[name] = start(commands[name], environment(workers, place))
+                running[name] = start(commands[name], environment(workers, place, gpus))
                 running[name].place = place
             time.sleep(poll)
             for name, process in list(running.items()):
@@ -80,9 +82,21 @@ def ask_to_stop(running: Mapping[str, Any]) -> None:
         process.send_signal(signal.SIGINT)
 
 
-def environment(workers: int, place: int) -> dict[str, str]:
-    """Return a process's environment: its share of the cores, and its line for the progress bar."""
+def visible_devices() -> list[str]:
+    """Return the GPUs that this process may see, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [device.strip() for device in named.split(",") if device.strip()]
+    import torch
+
+    return [str(device) for device in range(torch.cuda.device_count())]
+
+
+def environment(workers: int, place: int, devices: Sequence[str] = ()) -> dict[str, str]:
+    """Return a process's environment: its share of the cores, its GPU, and its line for the progress bar."""
     own = dict(os.environ)
+    if devices:
+        own["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
     if workers > 1:
         cores = len(os.sched_getaffinity(0))
         own.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))

@@ -1,4 +1,4 @@
-"""What a study found, from its files alone: values over seeds, equal budgets, the verdict in sentences. No torch."""
+"""What a study found, from its files alone: values over seeds, equal budgets, costs. No torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mmdit_eval.comparison import check_comparable, compare, read_result
-from mmdit_eval.scores import HEADLINES, SCORES, shown, shown_interval
+from mmdit_eval.book import read_book
+from mmdit_eval.comparison import read_result
+from mmdit_eval.scores import HEADLINES, SCORES
 from mmdit_eval.statistics import Estimate, seed_interval
 
 SPLITS = {"seen": "seen combinations", "heldout": "held-out combinations"}
@@ -89,19 +90,22 @@ def read_study(folder: str | Path) -> Files:
 
     Raises:
         FileNotFoundError: no study.json in it.
+        ConfigError: its study.json is not whole, or was written by a newer version.
     """
     folder = Path(folder)
-    file = folder / "study.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; run the study first: python scripts/ablate.py configs/studies/...")
-    book = json.loads(file.read_text(encoding="utf-8"))
-    cells = [_read_cell(folder / name, entry, book["study"]["suite"]) for name, entry in book["cells"].items()]
+    book = read_book(folder / "study.json")
+    suite = book["study"]["suite"]
+    cells = [
+        _read_cell(folder / name, entry, suite, folder / entry.get("trained_as", name))
+        for name, entry in book["cells"].items()
+    ]
     return Files(folder, book, cells, read_result(folder / "ceiling.json"))
 
 
-def _read_cell(folder: Path, entry: Mapping[str, Any], suite: Mapping[str, Any]) -> Cell:
+def _read_cell(folder: Path, entry: Mapping[str, Any], suite: Mapping[str, Any], trained: Path) -> Cell:
+    """Read a cell: its results from its own folder, its log from that of the networks that it uses."""
     cell = Cell(entry["row"], entry["seed"], entry["status"], entry.get("reason", ""), folder)
-    log = folder / "metrics.jsonl"
+    log = trained / "metrics.jsonl"
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         try:
             cell.log.append(json.loads(line))
@@ -180,81 +184,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(present)) if present and len(present) == len(values) else None
 
 
-def incomparable(files: Files) -> str | None:
-    """Say why the study's results may not be compared; None where they may."""
-    for cell in files.judged[1:]:
-        try:
-            check_comparable(files.judged[0].result or {}, cell.result or {}, files.study["varies"])
-        except ValueError as error:
-            return str(error)
-    return None
-
-
-def verdict(files: Files) -> list[str]:
-    """Say in sentences what the numbers allow, and what they do not."""
-    score = files.headline
-    if score is None or not files.judged:
-        return ["No cell of this study has been judged yet."]
-    style, sentences = SCORES[score], []
-    rows = [row for row in files.rows if files.of(row)]
-    for split in files.splits:
-        parts = []
-        for row in rows:
-            value = estimate(files.of(row), split, score)
-            if value is not None:
-                interval = shown_interval(score, value["low"], value["high"])
-                parts.append(f"{row} {shown(score, value['value'])}" + (f" [{interval}]" if interval else ""))
-        top = ceiling_value(files, split, score)
-        limit = f"; true pictures through the VAE: {shown(score, top)}" if top is not None else ""
-        sentences.append(f"{style.label[0].upper()}{style.label[1:]}, {SPLITS[split]}: {', '.join(parts)}{limit}.")
-    problem = incomparable(files)
-    if problem:
-        return [*sentences, f"The rows are not comparable: {problem}"]
-    for other in rows[1:]:
-        sentences += _difference(files, rows[0], other, score)
-    if min(len(files.of(row)) for row in rows) < 2:
-        sentences.append(
-            "One seed ranks nothing: the intervals cover the chance of prompts and noise, not that of training. "
-            "Another seed may turn the order round."
-        )
-    codes = {(cell.result or {}).get("environment", {}).get("code") for cell in files.judged}
-    if len(codes) > 1:
-        sentences.append(f"Cells were judged by {len(codes)} versions of the code; judge them again to be sure.")
-    if files.study.get("allow_confounded"):
-        sentences.append(
-            "The rows differ in more than the study names (allow_confounded): differences have no one cause."
-        )
-    return sentences
-
-
-def _difference(files: Files, first: str, second: str, score: str) -> list[str]:
-    a, b = ({cell.seed: cell for cell in files.of(row)} for row in (first, second))
-    both = sorted(set(a) & set(b))
-    split = files.splits[0]
-    if not both:
-        return []
-    style = SCORES[score]
-    if len(both) == 1:
-        found = compare(a[both[0]].result or {}, b[both[0]].result or {}, files.study["varies"])
-        difference = found.get(split, {}).get(score)
-        scope = "for these two trained models, prompt by prompt"
-    else:
-        pairs = [
-            (a[s].result or {})["splits"][split]["scores"][score]["value"]
-            - (b[s].result or {})["splits"][split]["scores"][score]["value"]
-            for s in both
-        ]
-        difference, scope = seed_interval(pairs), f"over {len(both)} seeds"
-    if difference is None or difference["low"] is None or difference["high"] is None:
-        return []
-    points = " points" if style.unit == "%" else ""
-    interval = shown_interval(score, difference["low"], difference["high"])
-    clear = difference["low"] > 0 or difference["high"] < 0
-    signed = f"{style.factor * difference['value']:+.{style.digits}f}".replace("-", "−")
-    ending = "" if clear else ": no difference can be told"
-    return [f"{first} minus {second} ({SPLITS[split]}), {scope}: {signed}{points} [{interval}]{ending}."]
-
-
 def ceiling_value(files: Files, split: str, score: str) -> float | None:
     found = ((files.ceiling or {}).get("splits", {}).get(split, {}).get("scores", {})).get(score)
     return None if found is None else float(found["value"])
@@ -288,8 +217,14 @@ def cost_table(files: Files) -> list[dict[str, Any]]:
         lines.append(
             {
                 "row": row,
+                "backbone": cost["backbone"],
                 "parameters": cost["parameters"],
                 "gflops": cost["flops"] / 1e9,
+                "evaluations": cost["evaluations"],
+                "image_gflops": cost["image_flops"] / 1e9,
+                "trained_as": cost["trained_as"],
+                "confounded": cost["confounded"],
+                "match": cost["match"],
                 "tokens": cost["tokens"],
                 "images": cells[0].result["images_seen"] if cells and cells[0].result else None,
                 "seconds": _mean([cell.seconds for cell in cells]),

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from mmdit_eval import plots
+from mmdit_eval.claims import for_new_prompts, judge_claims, verdict
 from mmdit_eval.findings import (  # fmt: skip
     SPLITS,
     Files,
@@ -25,7 +26,6 @@ from mmdit_eval.findings import (  # fmt: skip
     equal_budgets,
     read_study,
     score_table,
-    verdict,
 )
 from mmdit_eval.scores import SCORES, shown, shown_interval
 from mmdit_eval.statistics import Estimate
@@ -73,6 +73,7 @@ def summary(files: Files) -> dict[str, Any]:
         "command": files.book.get("command", ""),
         "headline": files.headline,
         "verdict": verdict(files),
+        "claims": [{**claim, "new_prompts": for_new_prompts(files, claim)} for claim in judge_claims(files)],
         "rows": {line["row"]: {k: v for k, v in line.items() if k != "row"} for line in cost_table(files)},
         "scores": scores,
         "equal_budgets": equal_budgets(files),

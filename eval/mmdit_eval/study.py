@@ -9,19 +9,27 @@ it was interrupted: finished cells are skipped, begun ones resumed.
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmdit.config import RunConfig, StudyConfig, differences, load_config, load_study, row_configs, to_tree, to_yaml
+from mmdit.config import (
+    Cells,
+    RunConfig,
+    StudyConfig,
+    differences,
+    load_config,
+    load_study,
+    row_configs,
+    to_tree,
+    to_yaml,
+)
 from mmdit_eval import executor
+from mmdit_eval.book import Book, cell_name, check_book
 
 Say = Callable[[str], None]
 
@@ -36,6 +44,8 @@ def run_study(
     *,
     out: str | Path = "runs",
     dry_run: bool = False,
+    rate: float | None = None,
+    measure: bool = False,
     say: Say = print,
 ) -> int:
     """Train, judge and report a study; return the exit code (0 all cells done, 1 some failed).
@@ -44,39 +54,33 @@ def run_study(
         path: the study's YAML.
         overrides: dotted command-line words laid on the study (`--seeds [0,1,2]`, `--overrides.train.images 64000`).
         out: folder in which the study's own folder is made.
-        dry_run: print the grid with parameters, FLOPs and steps, and stop.
+        dry_run: print the grid with parameters, FLOPs, steps, time and disk, and stop.
+        rate: FLOP/s of training that the times of the grid stand on.
+        measure: take that rate from a few updates of each row instead.
 
     Raises:
-        ConfigError, FileNotFoundError: the study, its base or its data cannot be used; nothing has been trained.
+        ConfigError, FileNotFoundError: the study, its base, its data or its folder cannot be used; nothing has been
+            trained.
         StudyInterrupted: stopped by hand; run the same command again.
     """
     study = load_study(path, overrides)
-    cells = row_configs(study)
+    study_dir = Path(out) / study.name
+    check_book(study_dir)
+    row_configs(study)  # mistakes in the YAML are answered before torch is imported
 
-    from mmdit_eval.cost import check_match, cost_of  # torch from here on
-    from mmdit_eval.suite import check_suite
+    from mmdit_eval.plan import make_plan, print_plan  # torch from here on
 
-    first = {row: next(iter(configs.values())) for row, configs in cells.items()}
-    for config in first.values():
-        check_suite(study.suite, config)
-    costs = {row: cost_of(config) for row, config in first.items()}
-    mismatch = check_match(costs, study.match.within) if study.match is not None else None
-    print_grid(study, cells, costs)
-    if mismatch:
-        from mmdit.config import ConfigError
-
-        raise ConfigError(f"{path}: {mismatch}")
+    plan = make_plan(study, str(path))
+    print_plan(study, plan, rate=rate, measure=measure)
     if dry_run:
         return 0
 
-    study_dir = Path(out) / study.name
     study_dir.mkdir(parents=True, exist_ok=True)
-    book = Book(
-        study_dir, study, cells, costs, command=shlex.join(["python", "scripts/ablate.py", str(path), *overrides])
-    )
+    command = shlex.join(["python", "scripts/ablate.py", str(path), *overrides])
+    book = Book(study_dir, study, {row: plan.describe(row) for row in plan.cells}, command)
     with interruptible():
-        train_cells(book, study, cells, study_dir, say)
-        judge(book, study, cells, study_dir, say)
+        train_cells(book, study, plan.cells, study_dir, say)
+        judge(book, study, plan.cells, study_dir, say)
     report = write_reports(study_dir, say)
     failed = [name for name, cell in book.cells.items() if cell["status"] == "failed"]
     for name in failed:
@@ -98,40 +102,6 @@ def write_reports(study: Path, say: Say = print, out: str | Path = "runs") -> Pa
     return write_report(study_dir)
 
 
-class Book:
-    """`study.json`: the grid, its cost and what became of each cell; written after every change."""
-
-    def __init__(
-        self, study_dir: Path, study: StudyConfig, cells: dict[str, dict[int, RunConfig]], costs: Any, command: str
-    ) -> None:
-        self.path = study_dir / "study.json"
-        self.head = {
-            "study": to_tree(study),
-            "command": command,
-            "rows": {row: costs[row]._asdict() for row in cells},
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        self.cells: dict[str, dict[str, Any]] = {
-            cell_name(row, seed): {"row": row, "seed": seed, "status": "waiting", "reason": ""}
-            for row, configs in cells.items()
-            for seed in configs
-        }
-        self.write()
-
-    def mark(self, name: str, status: str, reason: str = "") -> None:
-        self.cells[name].update(status=status, reason=reason)
-        self.write()
-
-    def write(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({**self.head, "cells": self.cells}, indent=1), encoding="utf-8")
-        temporary.replace(self.path)
-
-
-def cell_name(row: str, seed: int) -> str:
-    return f"{row}-s{seed}"
-
-
 def cell_config(config: RunConfig, study_dir: Path) -> RunConfig:
     """Give a cell the study's shared cache, unless its config names another place."""
     if config.train.cache_dir is not None:
@@ -140,25 +110,24 @@ def cell_config(config: RunConfig, study_dir: Path) -> RunConfig:
     return config.model_copy(update={"train": train})
 
 
-def train_cells(
-    book: Book, study: StudyConfig, cells: dict[str, dict[int, RunConfig]], study_dir: Path, say: Say
-) -> None:
+def train_cells(book: Book, study: StudyConfig, cells: Cells, study_dir: Path, say: Say) -> None:
     """Train what is not trained yet, each cell in its own process; a failure is written down and stops no other."""
     commands: dict[str, list[str]] = {}
     for seed in study.seeds:  # seeds outside: whole comparisons are finished early
         for row in cells:
             name, config = cell_name(row, seed), cell_config(cells[row][seed], study_dir)
+            if book.trained_as(name) != name:
+                continue
             if finished(study_dir / name, config):
                 say(f"{name}: trained already")
                 book.mark(name, "trained")
             else:
                 commands[name] = cell_command(name, config, study_dir)
-    if study.workers > 1 and len(commands) > 1:
+    if study.workers > 1 and study.executor == "local" and len(commands) > 1:
         encode_first(commands, say)
 
     def begun(name: str) -> None:
-        cell = book.cells[name]
-        say(f"\n{name}: training ({cells[cell['row']][cell['seed']].train.images:,} images)")
+        say(f"\n{name}: training ({_amount(cells[book.cells[name]['row']][book.cells[name]['seed']])})")
         book.mark(name, "training")
 
     def ended(name: str, code: int) -> None:
@@ -171,9 +140,29 @@ def train_cells(
         book.mark(name, "failed", f"training ended with {how}; see above, or run: {again}{hint}")
         say(f"{name}: failed with {how}; going on with the other cells")
 
-    if not executor.run_queue(commands, study.workers, begun, ended):
+    if not run_commands(study, commands, study_dir, begun, ended):
         saved = [name for name, cell in book.cells.items() if cell["status"] == "interrupted"]
         raise StudyInterrupted(f"interrupted; {', '.join(saved) or 'no cell'} saved its state")
+
+
+def run_commands(
+    study: StudyConfig,
+    commands: dict[str, list[str]],
+    study_dir: Path,
+    begun: Callable[[str], None],
+    ended: Callable[[str, int], None],
+) -> bool:
+    """Run cells where the study says: processes on this machine, or jobs of a cluster; return whether all were run."""
+    if study.executor == "slurm":
+        from mmdit_eval.slurm import run_jobs
+
+        return run_jobs(commands, study.slurm, study_dir / "slurm", begun, ended)
+    return executor.run_queue(commands, study.workers, begun, ended, devices=study.devices)
+
+
+def _amount(config: RunConfig) -> str:
+    seconds = config.train.seconds
+    return f"{config.train.images:,} images" if seconds is None else f"{seconds:,.0f} seconds"
 
 
 def cell_command(name: str, config: RunConfig, study_dir: Path) -> list[str]:
@@ -236,17 +225,22 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
-def judge(book: Book, study: StudyConfig, cells: dict[str, dict[int, RunConfig]], study_dir: Path, say: Say) -> None:
-    """Evaluate every trained cell and the ceiling; results that are there with the same stamp are kept."""
+def judge(book: Book, study: StudyConfig, cells: Cells, study_dir: Path, say: Say) -> None:
+    """Evaluate every trained cell and the ceiling; results that are there with the same stamp are kept.
+
+    A row that shares another's networks is judged on those with its own sampling, in a folder of its own.
+    """
     from mmdit.checkpoint import CheckpointError
     from mmdit_eval.suite import evaluate_ceiling, evaluate_run, evaluate_snapshots, load_references
 
-    trained = [
-        (row, seed) for row in cells for seed in cells[row] if book.cells[cell_name(row, seed)]["status"] == "trained"
-    ]
     shared: dict[str, Any] = {}  # rows of equal data look at the same true pictures
-    for row, seed in trained:
-        name, config = cell_name(row, seed), cells[row][seed]
+    for name, cell in book.cells.items():
+        source = book.trained_as(name)
+        if book.cells[source]["status"] not in ("trained", "done"):
+            if source != name:
+                book.mark(name, "failed" if book.cells[source]["status"] == "failed" else "waiting", f"needs {source}")
+            continue
+        config = cells[cell["row"]][cell["seed"]]
         key = config.data.model_dump_json()
         try:
             if key not in shared:
@@ -254,34 +248,15 @@ def judge(book: Book, study: StudyConfig, cells: dict[str, dict[int, RunConfig]]
                 shared[key] = load_references(config, study.suite)
                 number = "" if len(shared) == 1 else f"-{len(shared)}"
                 evaluate_ceiling(config, study.suite, study_dir / f"ceiling{number}.json", references=shared[key])
-            evaluate_snapshots(study_dir / name, study.suite, references=shared[key], say=say)
-            evaluate_run(study_dir / name, study.suite, references=shared[key], say=say)
+            if source == name:
+                evaluate_snapshots(study_dir / name, study.suite, references=shared[key], say=say)
+                evaluate_run(study_dir / name, study.suite, references=shared[key], say=say)
+            else:
+                suite = study.suite.model_copy(update={"sampling": config.sampling})
+                out = study_dir / name
+                evaluate_run(study_dir / source, suite, references=shared[key], out=out, name=config.name, say=say)
         except (CheckpointError, FileNotFoundError, ValueError, RuntimeError) as error:
             book.mark(name, "failed", f"evaluation: {error}")
             say(f"{name}: evaluation failed: {error}")
         else:
             book.mark(name, "done")
-
-
-def print_grid(study: StudyConfig, cells: dict[str, dict[int, RunConfig]], costs: Any) -> None:
-    """Print rows with parameters, FLOPs per image and steps."""
-    from rich.console import Console
-    from rich.table import Table
-
-    title = f"study {study.name}: {len(cells)} rows x {len(study.seeds)} seed(s); GFLOP: one forward of one image"
-    table = Table(title=title, title_justify="left")
-    for column in ("row", "backbone", "parameters", "GFLOP", "tokens", "images", "steps", "seeds"):
-        table.add_column(column, justify="left" if column in ("row", "backbone") else "right")
-    for row, configs in cells.items():
-        config, cost = next(iter(configs.values())), costs[row]
-        table.add_row(
-            row,
-            config.model.name,
-            f"{cost.parameters / 1e6:.2f} M",
-            f"{cost.flops / 1e9:.3f}",
-            str(cost.tokens),
-            f"{config.train.images:,}",
-            f"{-(-config.train.images // config.train.batch_size):,}",
-            " ".join(str(seed) for seed in configs),
-        )
-    Console().print(table)

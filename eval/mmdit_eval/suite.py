@@ -64,12 +64,15 @@ def evaluate_run(
     *,
     num_images: int | None = None,
     references: Mapping[str, Reference] | None = None,
+    out: str | Path | None = None,
+    name: str | None = None,
     say: Say = print,
 ) -> dict[str, Any]:
     """Judge one checkpoint of a run; a result with the same stamp and weights that is already there is returned.
 
     Args:
         run_dir: the run; its result is written to `<run_dir>/eval/<suite>-<images_seen>.json`.
+        out, name: another folder and name for the result, where one run is judged under several samplings.
         checkpoint: one checkpoint of it; None: its newest.
         num_images: per split, instead of `suite.num_images` (snapshots).
         references: of `load_references`, to share them between runs of equal data.
@@ -79,19 +82,19 @@ def evaluate_run(
         ConfigError: a metric the run's data cannot serve.
     """
     suite = suite or SuiteConfig()
-    run_dir = Path(run_dir)
     path = Path(checkpoint) if checkpoint is not None else find_checkpoint(run_dir)
+    run_dir = Path(out or run_dir)
     config = load_config(path / "config.yaml")
     check_suite(suite, config)
     references = references or load_references(config, suite)
     count = num_images or suite.num_images
     used = {split: reference.head(count) for split, reference in references.items()}
     stamp = make_stamp(config, suite, used)
-    out = run_dir / "eval" / f"{suite.name}-{path.name}.json"
+    file = run_dir / "eval" / f"{suite.name}-{path.name}.json"
     weights_hash = checkpoint_hash(path, weights_stem(suite.weights))
-    known = read_result(out)
+    known = read_result(file)
     same = known is not None and known["stamp"] == stamp and known["checkpoint_sha256"] == weights_hash
-    if known is not None and same and all((run_dir / file).is_file() for file in known["samples"]):
+    if known is not None and same and all((run_dir / sample).is_file() for sample in known["samples"]):
         return known
 
     started = time.perf_counter()
@@ -113,12 +116,12 @@ def evaluate_run(
             prefix[split] = measure(Drawn(images[: suite.snapshot_images], part, suite, pipeline))
         scoring += time.perf_counter() - begun
         for i in range(min(suite.grid_prompts, len(images))):
-            file = Path("samples") / f"{suite.name}-{path.name}" / f"{split}-{i:03d}.png"
-            save_image(images[i], run_dir / file, {"prompt": reference.captions[i], "seed": suite.seed})
-            samples.append(str(file))
+            sample = Path("samples") / f"{suite.name}-{path.name}" / f"{split}-{i:03d}.png"
+            save_image(images[i], run_dir / sample, {"prompt": reference.captions[i], "seed": suite.seed})
+            samples.append(str(sample))
     result: dict[str, Any] = {
         "suite": suite.name,
-        "run": config.name,
+        "run": name or config.name,
         "images_seen": int(path.name),
         "checkpoint_sha256": weights_hash,
         "stamp": stamp,
@@ -135,7 +138,7 @@ def evaluate_run(
         "drawn_per_second": round(sum(len(r.indices) for r in used.values()) / max(drawing, 1e-9), 2),
         "environment": environment(),
     }
-    write_result(out, result)
+    write_result(file, result)
     say(f"{run_dir.name} at {int(path.name):,} images: {_in_one_line(splits)}  ({result['seconds']['total']:.0f} s)")
     return result
 

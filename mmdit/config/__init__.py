@@ -46,19 +46,38 @@ from mmdit.config.reading import (
     read_tree,
     read_yaml,
     resolve,
-    row_configs,
     to_tree,
     to_yaml,
 )
+from mmdit.config.rows import (
+    Cells,
+    all_rows,
+    confounded_rows,
+    reference_row,
+    row_configs,
+    trainings,
+)
 from mmdit.config.run import (
-    MatchConfig,
     RunConfig,
-    StudyConfig,
     SuiteConfig,
+)
+from mmdit.config.study import (
+    CONDITIONING_AXES,
+    AttentionConfig,
+    BudgetConfig,
+    ClaimsConfig,
+    MatchConfig,
+    SlurmConfig,
+    StudyConfig,
 )
 
 __all__ = [
+    "CONDITIONING_AXES",
+    "AttentionConfig",
+    "BudgetConfig",
     "CaptionDropoutConfig",
+    "Cells",
+    "ClaimsConfig",
     "Config",
     "ConfigError",
     "CosMapConfig",
@@ -84,6 +103,7 @@ __all__ = [
     "SamplingConfig",
     "ScheduleConfig",
     "ShapesConfig",
+    "SlurmConfig",
     "StudyConfig",
     "SuiteConfig",
     "TrainConfig",
@@ -91,6 +111,8 @@ __all__ = [
     "UniformConfig",
     "VAEConfig",
     "VariancePreservingConfig",
+    "all_rows",
+    "confounded_rows",
     "differences",
     "load_config",
     "load_study",
@@ -102,9 +124,11 @@ __all__ = [
     "read_tree",
     "read_yaml",
     "reads_streams",
+    "reference_row",
     "resolve",
     "row_configs",
     "to_tree",
     "to_yaml",
+    "trainings",
     "validate",
 ]

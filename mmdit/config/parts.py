@@ -232,6 +232,7 @@ class TrainConfig(Config):
     """One training run. Budgets and intervals are counted in images; 0 switches an interval off."""
 
     images: PositiveInt = 1_000_000
+    seconds: PositiveFloat | None = None  # of training: stop there where it comes first; lr then falls with seconds
     batch_size: PositiveInt = 128  # global: over all processes and accumulation steps
     accumulation: PositiveInt = 1
     lr: PositiveFloat = 1e-4

@@ -11,7 +11,8 @@ import yaml
 from mmdit.config.backbones import CrossDiTConfig, MMDiTConfig, ModelConfig, UNetConfig
 from mmdit.config.errors import ConfigError, validate
 from mmdit.config.parts import Config
-from mmdit.config.run import RunConfig, StudyConfig, SuiteConfig
+from mmdit.config.run import RunConfig, SuiteConfig
+from mmdit.config.study import StudyConfig
 from mmdit.presets import ENCODER_WIDTHS, PRESETS, STREAM_WIDTHS, VAE_WIDTHS
 from mmdit.registry import nearest, unknown
 
@@ -110,14 +111,15 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_run(tree: Mapping[str, Any]) -> bool:
     """The `name` of a run, suite or study is a label, not the choice of a variant."""
-    return any(key in tree for key in ("model", "train", "data", "diffusion", "rows", "metrics", "encoders"))
+    own = ("model", "train", "data", "diffusion", "rows", "factorial", "metrics", "encoders")
+    return any(key in tree for key in own)
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
     """Read a YAML file with its `base:` (one level, relative to the file) underneath."""
     path = Path(path)
     tree = read_yaml(path)
-    if "base" not in tree or "rows" in tree:
+    if "base" not in tree or "rows" in tree or "factorial" in tree:
         return tree
     parent = path.parent / tree.pop("base")
     below = read_yaml(parent)
@@ -248,36 +250,6 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
     """Read an evaluation suite's YAML."""
     return validate(SuiteConfig, merge(read_tree(path), parse_overrides(overrides)), str(path))
-
-
-def row_configs(study: StudyConfig) -> dict[str, dict[int, RunConfig]]:
-    """Resolve every (row, seed) of a study and refuse rows that change more than the study may vary.
-
-    Returns:
-        {row: {seed: config}}.
-
-    Raises:
-        ConfigError: a row does not validate, or differs from the others in a field outside `varies`.
-    """
-    base = merge(read_tree(study.base), study.overrides)
-    cells: dict[str, dict[int, RunConfig]] = {}
-    for row, changes in study.rows.items():
-        tree = merge(base, changes or {})
-        for seed in study.seeds:
-            cell = merge(tree, {"seed": seed, "name": f"{row}-s{seed}"})
-            cells.setdefault(row, {})[seed] = resolve(cell, source=f"{study.base}, row {row!r}")
-    if not study.allow_confounded:
-        first = next(iter(study.rows))
-        for row in study.rows:
-            seed = study.seeds[0]
-            for field in differences(to_tree(cells[first][seed]), to_tree(cells[row][seed])):
-                if field != "name" and not any(field == v or field.startswith(v + ".") for v in study.varies):
-                    raise ConfigError(
-                        f"row {row!r} differs from row {first!r} in {field}, which is outside the study's "
-                        f"varies: {list(study.varies)}. A difference in results could then not be laid to the "
-                        f"conditioning. Add the field to varies:, or set allow_confounded: true, which marks the report"
-                    )
-    return cells
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:

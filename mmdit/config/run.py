@@ -1,9 +1,8 @@
-"""What a run, an evaluation suite and a study are made of, and which combinations cannot work."""
+"""What a run and an evaluation suite are made of, and which combinations cannot work."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -111,33 +110,3 @@ class SuiteConfig(Config):
     sampling: SamplingConfig | None = None
     snapshot_images: NonNegativeInt = 0  # images per split at each kept earlier checkpoint; 0: final only
     grid_prompts: PositiveInt = 16  # pictures in the report's grid
-
-
-class MatchConfig(Config):
-    """How near the rows of a study must be to each other."""
-
-    by: Literal["parameters"] = "parameters"
-    within: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
-
-
-class StudyConfig(Config):
-    """Named rows of overrides over one base, and the seeds to run each with."""
-
-    name: str
-    base: Path
-    rows: dict[str, dict[str, Any]]
-    seeds: tuple[NonNegativeInt, ...] = (0,)
-    workers: PositiveInt = 1  # cells trained at the same time; each gets its share of the cores
-    varies: tuple[str, ...] = ("model",)  # dotted prefixes a row may change
-    allow_confounded: bool = False
-    match: MatchConfig | None = MatchConfig()
-    overrides: dict[str, Any] = Field(default_factory=dict)  # for every row: the study's own base
-    suite: SuiteConfig = SuiteConfig()
-
-    @model_validator(mode="after")
-    def _fits(self) -> StudyConfig:
-        if not self.rows:
-            raise ValueError("a study needs at least one row under 'rows:'")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds are listed twice: {list(self.seeds)}")
-        return self

@@ -33,10 +33,11 @@ def build_optimizer(denoiser: nn.Module, config: TrainConfig) -> torch.optim.Ada
     )
 
 
-def lr_at(config: TrainConfig, images_seen: int) -> float:
+def lr_at(config: TrainConfig, images_seen: int, seconds: float = 0.0) -> float:
     """Return the learning rate of the update that ends at `images_seen` images.
 
-    Linear warm-up over `warmup_images`, then constant, or a half cosine or a line to 0 at the end of the budget.
+    Linear warm-up over `warmup_images`, then constant, or a half cosine or a line to 0 at the end of the budget: over
+    images, or over `seconds` of training (before this update) where `train.seconds` ends the run.
     """
     if images_seen < config.warmup_images:
         return config.lr * images_seen / config.warmup_images
@@ -44,7 +45,8 @@ def lr_at(config: TrainConfig, images_seen: int) -> float:
         return config.lr
     before = images_seen - config.batch_size  # so that the last update still moves
     span = max(1, config.images - config.warmup_images)
-    progress = min(1.0, max(0.0, (before - config.warmup_images) / span))
+    done = (before - config.warmup_images) / span if config.seconds is None else seconds / config.seconds
+    progress = min(1.0, max(0.0, done))
     factor = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1 - progress
     return config.lr * factor
 

@@ -64,6 +64,12 @@ def total_images(config: RunConfig) -> int:
     return config.train.images // config.train.batch_size * config.train.batch_size
 
 
+def spent(images_seen: int, seconds: float, config: RunConfig) -> bool:
+    """Say whether a budget is reached: of images, or of seconds of training where it has one."""
+    limit = config.train.seconds
+    return images_seen >= total_images(config) or (limit is not None and seconds >= limit)
+
+
 def count_parameters(module: nn.Module) -> int:
     """Count the numbers a module trains."""
     return sum(p.numel() for p in module.parameters())

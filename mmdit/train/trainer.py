@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from mmdit import rng
 from mmdit.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, sweep_temporaries
-from mmdit.config import ConfigError, RunConfig, differences, load_config, to_tree, to_yaml
+from mmdit.config import ConfigError, RunConfig, TrainConfig, differences, load_config, to_tree, to_yaml
 from mmdit.diffusion import build_schedule
 from mmdit.models import build_denoiser
 from mmdit.pipeline import configure_cpu
 from mmdit.train.ema import EMAs
 from mmdit.train.optim import build_optimizer, lr_at, set_lr
-from mmdit.train.run import Run, count_parameters, due, total_images
+from mmdit.train.run import Run, count_parameters, due, spent, total_images
 from mmdit.train.saving import restore, save, save_or_go_on
 from mmdit.train.sharding import prepare_blocks, shard
 from mmdit.train.sources import build_sources
@@ -46,7 +46,8 @@ EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again
 
 # what may change between the sessions of one run: nothing here alters an update already made
 RESUMABLE = (
-    "name", "sampling", "train.images", "train.log_every", "train.validate_every", "train.sample_every",
+    "name", "sampling", "train.images", "train.seconds", "train.log_every", "train.validate_every",
+    "train.sample_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.val_images", "train.val_levels",
     "train.sample_prompts", "train.tensorboard", "train.cache_dir", "train.precompute", "train.num_processes",
     "train.sharding", "train.shard_size", "train.accumulation", "train.compile", "train.activation_checkpointing",
@@ -127,13 +128,13 @@ def loop(run: Run, should_stop: Callable[[], bool], progress: bool) -> Result:
     drawer = Prefetcher(BatchDrawer(run.source, run.text, run.schedule, run.config))
     watch = build_watch(run)
     losses: list[float] = []
-    bar = _bar(budget, run.images_seen, progress)
+    bar = _bar(budget if train.seconds is None else None, run.images_seen, progress)
     if run.evaluation_pending and not evaluate(run, should_stop):
         return _interrupted(run, bar)
     try:
-        while run.images_seen < budget:
+        while not spent(run.images_seen, run.seconds, run.config):
             began = time.perf_counter()
-            lr = lr_at(train, run.images_seen + train.batch_size)
+            lr = lr_at(train, run.images_seen + train.batch_size, run.seconds)
             set_lr(run.optimizer, lr)
             result = one_update(run, drawer, watch, budget)
             run.images_seen += train.batch_size
@@ -142,11 +143,12 @@ def loop(run: Run, should_stop: Callable[[], bool], progress: bool) -> Result:
                 run.step += 1
                 losses.append(result.loss)
             elapsed = time.perf_counter() - began
-            run.seconds += elapsed
+            run.seconds = _agreed(run.seconds + elapsed, train, accelerator)
+            at_end = spent(run.images_seen, run.seconds, run.config)
             watch.seconds, watch.images = watch.seconds + elapsed, watch.images + train.batch_size
             bar.update(train.batch_size)
 
-            if logging_due(run, budget):
+            if logging_due(run, budget) or at_end:
                 seen = watch.record(accelerator)
                 if result is not None and losses:
                     mean = float(np.mean(losses))
@@ -156,7 +158,7 @@ def loop(run: Run, should_stop: Callable[[], bool], progress: bool) -> Result:
                     losses = []
             if not evaluate(run, should_stop):
                 return _interrupted(run, bar)
-            if run.images_seen >= budget:
+            if at_end:
                 break
             if due(train.checkpoint_every, run) or due(train.keep_every, run):
                 save_or_go_on(run)
@@ -292,11 +294,19 @@ def build_seeded(config: RunConfig) -> nn.Module:
 
 
 def finished(checkpoint: Checkpoint, config: RunConfig) -> bool:
-    """Say whether a run has spent its budget; with a larger `train.images` a finished run goes on."""
-    return bool(checkpoint.state["complete"]) and checkpoint.state["images_seen"] >= total_images(config)
+    """Say whether a run has spent its budget; with a larger one a finished run goes on."""
+    state = checkpoint.state
+    return bool(state["complete"]) and spent(state["images_seen"], state["seconds"], config)
 
 
-def _bar(total: int, done: int, progress: bool) -> Any:
+def _agreed(seconds: float, train: TrainConfig, accelerator: Accelerator) -> float:
+    """Agree on the time where the budget is in seconds: all processes stop after the same update."""
+    if train.seconds is None or accelerator.num_processes == 1:
+        return seconds
+    return float(accelerator.reduce(torch.tensor(seconds, device=accelerator.device), "mean"))
+
+
+def _bar(total: int | None, done: int, progress: bool) -> Any:
     return tqdm(total=total, initial=done, unit=" images", disable=not progress, mininterval=1, dynamic_ncols=True)
 
 

@@ -10,7 +10,7 @@ import torch
 from mmdit import rng
 from mmdit.diffusion import equidistant_levels, loss_by_level
 from mmdit.pipeline import Stopped, TextToImage, image_grid, save_image
-from mmdit.train.run import Run, due, total_images
+from mmdit.train.run import Run, due, spent
 
 VALIDATION_SEED = 0  # one noise for all runs and seeds, so that their validation losses compare
 SAMPLE_SEED = 0
@@ -19,7 +19,7 @@ SAMPLE_SEED = 0
 def evaluate(run: Run, should_stop: Callable[[], bool]) -> bool:
     """Validate and draw samples where they are due, with the EMA; return False where a signal cut it short."""
     train = run.config.train
-    at_end = run.images_seen >= total_images(run.config)
+    at_end = spent(run.images_seen, run.seconds, run.config)
     validating = train.validate_every > 0 and (due(train.validate_every, run) or at_end)
     sampling = train.sample_every > 0 and (due(train.sample_every, run) or at_end)
     run.evaluation_pending = validating or sampling

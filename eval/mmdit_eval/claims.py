@@ -1,0 +1,177 @@
+"""The claims of a study, stated in its YAML before it runs, and what became of them: tests, intervals, sentences.
+
+A claim is (row, reference row, split, score). Its unit is the training seed; all claims of a study are corrected
+together. Beside each verdict stands what a mixed model says about new prompts, which decides nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmdit_eval.comparison import check_comparable, compare
+from mmdit_eval.findings import SPLITS, Cell, Files, ceiling_value, estimate
+from mmdit_eval.mixed import common_table, mixed_difference
+from mmdit_eval.scores import SCORES, Score, shown, shown_interval
+from mmdit_eval.verdicts import Difference, decide, difference, sentence
+
+_ORDER = ("first", "second", "none", "no spread", "one seed")
+
+
+def claimed_scores(files: Files) -> list[str]:
+    """Return the scores that the study gives verdicts on: those it names, else its headline."""
+    named = [score for score in files.study["claims"]["scores"] if score in files.scores]
+    return named or [score for score in (files.headline,) if score is not None]
+
+
+def pairs_of_rows(files: Files) -> list[tuple[str, str]]:
+    """Return (row, reference) of every comparison that the study makes."""
+    rows, against = [row for row in files.rows if files.of(row)], files.study["claims"]["against"]
+    if against == "all":
+        return [(b, a) for a, b in itertools.combinations(rows, 2)]
+    reference = against or (files.study["match"] or {}).get("reference") or next(iter(files.rows), None)
+    return [(row, reference) for row in rows if row != reference] if reference in rows else []
+
+
+def judge_claims(files: Files) -> list[Difference]:
+    """Test every claim of a study and correct them together; none where the stamps forbid a comparison."""
+    if incomparable(files):
+        return []
+    splits = [split for split in files.study["claims"]["splits"] or files.splits if split in files.splits]
+    found = []
+    for first, second in pairs_of_rows(files):
+        pairs = _paired_by_design(files, first, second)
+        for split, score in itertools.product(splits, claimed_scores(files)):
+            a, b = (_values(files.of(row), split, score) for row in (first, second))
+            if a and b:
+                names = {"first": first, "second": second, "split": split, "score": score}
+                found.append({**difference(a, b, pairs=pairs), **names})
+    return decide(found)
+
+
+def _paired_by_design(files: Files, first: str, second: str) -> bool:
+    """Follow the study's own rule, which knows no result."""
+    rule = files.study["claims"]["pairs"]
+    if rule == "auto":
+        return bool(files.book["rows"][first]["trained_as"] == files.book["rows"][second]["trained_as"])
+    return bool(rule == "seeds")
+
+
+def _values(cells: Sequence[Cell], split: str, score: str) -> dict[int, float]:
+    """{seed: value} of a row."""
+    found = {}
+    for cell in cells:
+        value = (cell.result or {})["splits"].get(split, {}).get("scores", {}).get(score)
+        if value is not None:
+            found[cell.seed] = float(value["value"])
+    return found
+
+
+def for_new_prompts(files: Files, claim: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the mixed model's test of a claim; None where pictures are not scored one by one or seeds are too few."""
+    tables = []
+    for row in (claim["first"], claim["second"]):
+        lists = [
+            (cell.result or {})["splits"].get(claim["split"], {}).get("per_image", {}).get(claim["score"])
+            for cell in files.of(row)
+        ]
+        if len(lists) < 2 or any(values is None for values in lists):
+            return None
+        tables.append(lists)
+    try:
+        first, second = common_table(tables)
+        return dict(mixed_difference(first, second))
+    except ValueError:
+        return None  # other prompts, or scores without any spread
+
+
+# --- in words ---------------------------------------------------------------------------------------------------
+
+
+def verdict(files: Files) -> list[str]:
+    """Say in sentences what the numbers allow, and what they do not; what was found comes first."""
+    if files.headline is None or not files.judged:
+        return ["No cell of this study has been judged yet."]
+    values = [_values_in_words(files, score, split) for score in claimed_scores(files) for split in files.splits]
+    problem = incomparable(files)
+    if problem:
+        return [f"The rows are not comparable: {problem}", *values]
+    claims = judge_claims(files)
+    ordered = sorted(claims, key=lambda claim: _ORDER.index(claim["verdict"]))
+    sentences = [_sentence(files, claim) for claim in ordered]
+    rows = [row for row in files.rows if files.of(row)]
+    if min(len(files.of(row)) for row in rows) < 2:
+        sentences.append(
+            "One seed ranks nothing: the intervals cover the chance of prompts and noise, not that of training. "
+            "Another seed may turn the order round."
+        )
+    tested = sum(claim["p"] is not None for claim in claims)
+    if tested > 1:
+        sentences.append(
+            f"{tested} comparisons were stated beforehand and are corrected together (Holm); intervals are not."
+        )
+    return [*sentences, *values, *_warnings(files)]
+
+
+def _sentence(files: Files, claim: Difference) -> str:
+    """One claim in words; of single seeds with the interval between samples, where pictures pair."""
+    if claim["verdict"] == "one seed":
+        a, b = ({cell.seed: cell for cell in files.of(claim[row])} for row in ("first", "second"))
+        both = sorted(set(a) & set(b))
+        found = compare(a[both[0]].result or {}, b[both[0]].result or {}, varies(files)) if both else {}
+        between = found.get(claim["split"], {}).get(claim["score"])
+        if len(a) == len(b) == 1 and between is not None and between["low"] is not None:
+            style = SCORES.get(claim["score"], Score(claim["score"], +1))
+            signed = f"{style.factor * between['value']:+.{style.digits}f}".replace("-", "−")
+            points = " points" if style.unit == "%" else ""
+            interval = shown_interval(claim["score"], between["low"], between["high"])
+            names = f"{claim['first']} minus {claim['second']} in {style.label}, {SPLITS[claim['split']]}"
+            return f"{names}: {signed}{points} [{interval}], 1 seed: between samples only."
+    return sentence(claim, SPLITS[claim["split"]])
+
+
+def _values_in_words(files: Files, score: str, split: str) -> str:
+    parts = []
+    for row in files.rows:
+        value = estimate(files.of(row), split, score)
+        if value is not None:
+            interval = shown_interval(score, value["low"], value["high"])
+            parts.append(f"{row} {shown(score, value['value'])}" + (f" [{interval}]" if interval else ""))
+    top = ceiling_value(files, split, score)
+    limit = f"; true pictures through the VAE: {shown(score, top)}" if top is not None else ""
+    label = SCORES[score].label if score in SCORES else score
+    return f"{label[0].upper()}{label[1:]}, {SPLITS[split]}: {', '.join(parts)}{limit}."
+
+
+def _warnings(files: Files) -> list[str]:
+    """What a reader must know beside the verdicts."""
+    found = []
+    codes = {(cell.result or {}).get("environment", {}).get("code") for cell in files.judged}
+    if len(codes) > 1:
+        found.append(f"Cells were judged by {len(codes)} versions of the code; judge them again to be sure.")
+    for row, kept in files.book["rows"].items():
+        if kept["confounded"]:
+            found.append(
+                f"{row} is confounded: it differs from the reference in {', '.join(kept['confounded'])} too, so its "
+                f"differences have no one cause."
+            )
+    missing = [cell.folder.name for cell in files.cells if cell.result is None]
+    if missing:
+        found.append(f"Not judged: {', '.join(missing)}.")
+    return found
+
+
+def varies(files: Files) -> list[str]:
+    """Return the fields in which stamps may differ: the study's own, and the steps that it solved."""
+    return [*files.study["varies"], *(["sampling.num_steps"] if files.study["equal_flops"] else [])]
+
+
+def incomparable(files: Files) -> str | None:
+    """Say why the study's results may not be compared; None where they may."""
+    for cell in files.judged[1:]:
+        try:
+            check_comparable(files.judged[0].result or {}, cell.result or {}, varies(files))
+        except ValueError as error:
+            return str(error)
+    return None
