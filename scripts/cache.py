@@ -1,7 +1,7 @@
-"""Encode a run's data ahead of training: python scripts/cache.py configs/train/quickstart.yaml --cache data/cache.
+"""Look after what a run learns from: python scripts/cache.py configs/train/quickstart.yaml [--cache DIR].
 
-Rows of a study that train with the same --cache then share it. Config overrides work as in scripts/train.py.
-With --statistics it prints the encoders.latent_shift and latent_scale that standardise the latents of the data.
+Encodes the data into --cache (default <run>/cache), which training then reads. Other jobs: --statistics prints a
+fitting encoders.latent_shift and latent_scale; --validate looks at every picture and writes the bad ones to a file.
 """
 
 import sys
@@ -9,4 +9,6 @@ import sys
 from mmdit.train.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main(["--cache-only", *sys.argv[1:]]))
+    words = sys.argv[1:]
+    chosen = {"--statistics", "--validate", "--help", "-h"} & set(words)
+    sys.exit(main(words if chosen else [*words, "--cache-only"]))

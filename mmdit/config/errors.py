@@ -42,7 +42,7 @@ def _describe(cls: type[Config], tree: Any, problem: Mapping[str, Any]) -> str:
         guess = nearest(str(keys[-1]), fields)
         everywhere = sorted(_all_paths(cls))
         if guess is None:
-            guess = next((p for p in everywhere if p.split(".")[-1] == str(keys[-1])), None)
+            guess = next((p for p in everywhere if p.split(".")[-1] == str(keys[-1]) and p != path), None)
         hint = (
             f"; did you mean {'.'.join([*map(str, keys[:-1]), guess]) if guess in fields else guess!r}?"
             if guess

@@ -204,6 +204,18 @@ class ImagesConfig(Config):
     resolution: PositiveInt = 256
     val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
     on_error: Literal["fail", "skip"] = "fail"  # corrupt image or empty caption
+    clean_captions: bool = True  # repair mojibake and HTML entities, as CLIP's training did
+    # sizes (height, width) in pixels that pictures keep their shape in; `auto`: sides of multiples of an eighth of
+    # `resolution`, of about its area, up to 2 : 1; (): the middle square of each picture
+    buckets: Literal["auto"] | tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> ImagesConfig:
+        if self.buckets == "auto" and self.resolution % 8:
+            raise ValueError(f"buckets 'auto' need a resolution that is a multiple of 8, got {self.resolution}")
+        if len(set(self.buckets)) != len(self.buckets):
+            raise ValueError(f"buckets lists a size twice: {self.buckets}")
+        return self
 
 
 DataConfig = Annotated[ShapesConfig | EmojiConfig | ImagesConfig, Field(discriminator="name")]

@@ -151,7 +151,8 @@ def load_config(
     if hardware is not None:
         tree = merge(tree, _read_hardware(hardware))
     extra = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    return resolve(merge({"model": DEFAULT_MODEL, **tree}, extra), source=str(path or "defaults"))
+    # with the default variants named, an override's other variant drops their fields
+    return resolve(merge(_default_names({"model": DEFAULT_MODEL, **tree}), extra), source=str(path or "defaults"))
 
 
 HARDWARE_FIELDS = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmdit.config import ImagesConfig
+from mmdit.data.buckets import Size, bucket_sizes, nearest_bucket
+from mmdit.encoders.tokenizers import clean
 from mmdit.registry import unknown
 
 SPLITS = ("train", "val", "seen")
@@ -78,9 +81,19 @@ def square(picture: Image.Image, resolution: int) -> np.ndarray:
     """Cut the middle square out and resize it, antialiased: uint8 [R, R, 3]."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    box = (left, top, left + side, top + side)
+    return _resized(picture, (left, top, left + side, top + side), (resolution, resolution))
+
+
+def fitted(picture: Image.Image, height: int, width: int) -> np.ndarray:
+    """Cut the largest middle part of that ratio out and resize it, antialiased: uint8 [height, width, 3]."""
+    scale = min(picture.width / width, picture.height / height)
+    left, top = (picture.width - scale * width) / 2, (picture.height - scale * height) / 2
+    return _resized(picture, (left, top, left + scale * width, top + scale * height), (height, width))
+
+
+def _resized(picture: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
     # Pillow's Lanczos widens its kernel when it shrinks a picture; without that, aliasing reaches 147 of 255
-    return np.asarray(picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box))
+    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box))
 
 
 # --- sources ----------------------------------------------------------------------------------------------------
@@ -198,44 +211,75 @@ class _Checked:
     good: tuple[int, ...]
     captions: tuple[str, ...]
     digests: tuple[bytes, ...]
+    sizes: tuple[tuple[int, int], ...]  # width, height
+
+
+def validate(config: ImagesConfig, out: str | Path) -> tuple[int, int]:
+    """Look at every item of a source and write those that cannot be used, with the reason, into a file.
+
+    Args:
+        config: the source; `on_error` does not matter here.
+        out: JSON lines {"item": ..., "reason": ...}; empty where all are good.
+
+    Returns:
+        Items looked at, and how many of them cannot be used.
+    """
+    rows = _open(config)
+    bad = [result for result in _look_at_all(rows, config) if isinstance(result, _Bad)]
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps({"item": b.item, "reason": b.reason}) + "\n" for b in bad), encoding="utf-8")
+    return rows.length, len(bad)
+
+
+@dataclass(frozen=True)
+class _Bad:
+    """An item that cannot be used."""
+
+    item: str
+    reason: str
+
+
+def _look_at_all(rows: _Rows, config: ImagesConfig) -> list[tuple[str, bytes, tuple[int, int]] | _Bad]:
+    """Decode every item: caption, hash of the file, size; or why not."""
+
+    def look(row: int) -> tuple[str, bytes, tuple[int, int]] | _Bad:
+        try:
+            _, data, caption = rows.read(row)
+            picture = decode(data)
+        except (ValueError, OSError) as error:
+            return _Bad(rows.name(row), str(error))
+        return clean(caption) if config.clean_captions else caption, hashlib.sha256(data).digest(), picture.size
+
+    with ThreadPoolExecutor() as pool:  # Pillow's decoders let other threads run
+        return list(pool.map(look, range(rows.length)))
 
 
 @lru_cache(maxsize=2)  # train and val of one run decode everything once
 def _check(config: ImagesConfig) -> _Checked:
     rows = _open(config)
-
-    def look(row: int) -> tuple[str, bytes, int] | str:
-        try:
-            _, data, caption = rows.read(row)
-            picture = decode(data)
-        except (ValueError, OSError) as error:
-            return f"{rows.name(row)}: {error}"
-        return caption, hashlib.sha256(data).digest(), min(picture.size)
-
-    with ThreadPoolExecutor() as pool:  # Pillow's decoders let other threads run
-        found = list(pool.map(look, range(rows.length)))
-    bad = [result for result in found if isinstance(result, str)]
-    good = [(row, *result) for row, result in enumerate(found) if not isinstance(result, str)]
+    found = _look_at_all(rows, config)
+    bad = [f"{result.item}: {result.reason}" for result in found if isinstance(result, _Bad)]
+    good = [(row, *result) for row, result in enumerate(found) if not isinstance(result, _Bad)]
     if bad:
         more = f"\n  and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
         listing = "".join(f"\n  {line}" for line in bad[:_LISTED]) + more
         if config.on_error == "fail":
             raise DataError(
                 f"{config.source}: {len(bad)} of {rows.length} items cannot be used (data.on_error: skip leaves them "
-                f"out):{listing}"
+                f"out; `python scripts/cache.py CONFIG --validate` writes all of them to a file):{listing}"
             )
         _LOG.warning("%s: %d of %d items left out:%s", config.source, len(bad), rows.length, listing)
     if not good:
         raise DataError(f"{config.source}: no usable item among {rows.length}")
-    small = sum(side < config.resolution for *_, side in good)
+    small = sum(min(size) < config.resolution for *_, size in good)
     if small:
         _LOG.warning(
             "%s: %d of %d images are smaller than %d pixels and will be enlarged",
             config.source, small, len(good), config.resolution,
         )  # fmt: skip
-    return _Checked(
-        rows, tuple(row for row, *_ in good), tuple(c for _, c, *_ in good), tuple(d for _, _, d, _ in good)
-    )
+    columns = zip(*good, strict=True)
+    return _Checked(rows, *(tuple(column) for column in columns))
 
 
 class ImagesDataset:
@@ -267,6 +311,7 @@ class ImagesDataset:
         self._good = [checked.good[i] for i in chosen]
         self._captions = [checked.captions[i] for i in chosen]
         self._digests = [checked.digests[i] for i in chosen]
+        self.sizes = [checked.sizes[i] for i in chosen]  # width, height as stored, upright
 
     def __len__(self) -> int:
         return len(self._good)
@@ -274,7 +319,7 @@ class ImagesDataset:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides pixels and captions."""
-        digest = hashlib.sha256(f"images|1|{self.config.resolution}".encode())
+        digest = hashlib.sha256(f"images|1|{self._shape()}".encode())
         for data, caption in zip(self._digests, self._captions, strict=True):
             digest.update(data + hashlib.sha256(caption.encode()).digest())
         return digest.hexdigest()[:32]
@@ -288,6 +333,45 @@ class ImagesDataset:
         side = self.config.resolution
         out = np.empty((len(indices), side, side, 3), dtype=np.uint8)
         for row, index in enumerate(indices):
-            _, data, _ = self._rows.read(self._good[int(index)])
-            out[row] = square(decode(data), side)
+            out[row] = square(self._decoded(index), side)
         return out
+
+    def _decoded(self, index: Any) -> Image.Image:
+        return decode(self._rows.read(self._good[int(index)])[1])
+
+    def _shape(self) -> str:
+        return str(self.config.resolution)
+
+    def bucket_sizes(self) -> list[Size]:
+        """Return the sizes (height, width) that the config names; none where pictures are cut square."""
+        buckets = self.config.buckets
+        resolution = self.config.resolution
+        return bucket_sizes(resolution, max(16, resolution // 8)) if buckets == "auto" else list(buckets)
+
+    def by_bucket(self) -> list[BucketView]:
+        """Split the pictures by the bucket whose ratio is nearest; buckets that stay empty are left out."""
+        sizes = self.bucket_sizes()
+        homes = [nearest_bucket(width, height, sizes) for width, height in self.sizes]
+        views = [
+            BucketView(self, size, [i for i, home in enumerate(homes) if home == k]) for k, size in enumerate(sizes)
+        ]
+        return [view for view in views if len(view)]
+
+
+class BucketView(ImagesDataset):
+    """Those pictures of a data set that go into one bucket, all of its size."""
+
+    def __init__(self, whole: ImagesDataset, size: Size, items: Sequence[int]) -> None:
+        self.config, self.split, self.size = whole.config, whole.split, size
+        self._rows = whole._rows
+        self._good = [whole._good[i] for i in items]
+        self._captions = [whole._captions[i] for i in items]
+        self._digests = [whole._digests[i] for i in items]
+        self.sizes = [whole.sizes[i] for i in items]
+
+    def pixels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Decode items: the largest middle part of the bucket's ratio, resized, uint8 [B, height, width, 3]."""
+        return np.stack([fitted(self._decoded(index), *self.size) for index in indices])
+
+    def _shape(self) -> str:
+        return f"{self.size[0]}x{self.size[1]}"

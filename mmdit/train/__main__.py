@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mmdit.config import ConfigError, load_config
+from mmdit.config import ConfigError, RunConfig, load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,13 @@ class Arguments:
     """Encode the data into --cache and stop."""
     statistics: bool = False
     """Print encoders.latent_shift and latent_scale that bring the data's latents to mean 0, deviation 1, and stop."""
+    validate: bool = False
+    """Look at every picture and caption of `data`, write those that cannot be used to <run>/rejects.jsonl, and stop."""
     quiet: bool = False
     """No progress bar."""
 
 
-_SWITCHES = ("--dry-run", "--cache-only", "--statistics", "--quiet")
+_SWITCHES = ("--dry-run", "--cache-only", "--statistics", "--validate", "--quiet")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -80,6 +82,9 @@ def main(words: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     run_dir = arguments.out or Path("runs") / f"{config.name}-s{config.seed}"
+
+    if arguments.validate:
+        return _validate(config, run_dir / "rejects.jsonl")
 
     from mmdit.checkpoint import CheckpointError  # torch from here on
 
@@ -122,6 +127,22 @@ def main(words: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     print(f"done: {result.images_seen:,} images in {result.seconds:,.0f} s of training; {result.checkpoint}")
     return 0
+
+
+def _validate(config: RunConfig, out: Path) -> int:
+    """Check the pictures of a config; exit code 0 where all can be used, else 1, 2 where there is nothing to check."""
+    if config.data.name != "images":
+        print(f"data is {config.data.name!r}, which is drawn: --validate is for images", file=sys.stderr)
+        return 2
+    from mmdit.data.images import validate
+
+    try:
+        seen, bad = validate(config.data, out)
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{seen - bad:,} of {seen:,} items can be used" + (f"; the others, with reasons: {out}" if bad else ""))
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mmdit.config import ConfigError, RunConfig, reads_streams
+from mmdit.config import ConfigError, RunConfig, UNetConfig, reads_streams
 from mmdit.data import make_dataset
+from mmdit.data.buckets import BucketedSource, Size, groups_of
 from mmdit.data.cache import LiveBatches, precompute
 from mmdit.encoders.text import TextEncoders
 from mmdit.encoders.vae import AutoencoderKL, latent_statistics, load_vae
@@ -42,16 +43,26 @@ def build_sources(
     vae, text = vae.to(device), text.to(device)
     train, precision = config.train, config.train.precision
     datasets = {split: make_dataset(config.data, split) for split in ("train", "val")}
+
+    def encoded(dataset: Any, split: str, count: int | None) -> Any:
+        if not train.precompute:
+            return LiveBatches(dataset, vae, text, config.encoders, precision=precision, count=count)
+        return precompute(
+            dataset, vae, text, config.encoders, cache_dir=train.cache_dir or run_dir / "cache", count=count,
+            precision=precision, progress=progress, label=f"encoding {split}",
+        )  # fmt: skip
+
     made: dict[str, Any] = {}
     for split, dataset in datasets.items():
         count = train.val_images if split == "val" else None
-        if train.precompute:
-            made[split] = precompute(
-                dataset, vae, text, config.encoders, cache_dir=train.cache_dir or run_dir / "cache", count=count,
-                precision=precision, progress=progress, label=f"encoding {split}",
-            )  # fmt: skip
+        if getattr(config.data, "buckets", ()):
+            views = dataset.by_bucket()
+            check_buckets(config, dataset.bucket_sizes(), vae, {v.size: len(v) for v in views} if count is None else {})
+            shares = [None if count is None else max(1, count * len(view) // len(dataset)) for view in views]
+            parts = zip(views, shares, strict=True)
+            made[split] = BucketedSource([encoded(v, f"{split} {v.size[0]}x{v.size[1]}", n) for v, n in parts])
         else:
-            made[split] = LiveBatches(dataset, vae, text, config.encoders, precision=precision, count=count)
+            made[split] = encoded(dataset, split, count)
     if train.precompute and progress and (odd := unusual_latents(made["train"])):
         print(odd, flush=True)
     first = np.arange(min(SAMPLE_PROMPTS, len(datasets["val"])))
@@ -64,7 +75,8 @@ def unusual_latents(source: Any, images: int = 256) -> str:
 
     A shift and scale measured on other pictures is the usual cause; the run works and learns more slowly.
     """
-    latents = source.batch(evenly(len(source), images))[0].double()
+    group = max(groups_of(source), key=len)
+    latents = source.batch(group[evenly(len(group), images)])[0].double()
     mean = float(latents.mean(dim=(0, 2, 3)).square().mean().sqrt())
     std = float(latents.var(dim=(0, 2, 3)).mean().sqrt())
     if mean <= 0.5 and 0.6 <= std <= 1.6:
@@ -74,6 +86,41 @@ def unusual_latents(source: Any, images: int = 256) -> str:
         f"{std:.2f} instead of 0 and 1; training is faster with the encoders.latent_shift and latent_scale that "
         f"`python scripts/cache.py CONFIG --statistics` prints"
     )
+
+
+def check_buckets(config: RunConfig, sizes: list[Size], vae: AutoencoderKL, counts: dict[Size, int]) -> None:
+    """Refuse buckets that the denoiser cannot take, or that no batch could be filled from, before anything is encoded.
+
+    Args:
+        sizes: of all buckets, (height, width) in pixels.
+        counts: training pictures in each bucket that has some.
+
+    Raises:
+        ConfigError: sides that are no multiple of the grain, beyond the position table, or a bucket of less than a
+            batch.
+    """
+    model, batch = config.model, config.train.batch_size
+    grain, largest = vae.config.factor, None
+    if isinstance(model, UNetConfig):
+        grain *= 2 ** (len(model.channel_mult) - 1)
+    else:
+        grain *= model.patch_size
+        largest = model.pos_embed_max_size * grain
+    odd = [f"{h}x{w}" for h, w in sizes if h % grain or w % grain]
+    if odd:
+        raise ConfigError(f"data.buckets {', '.join(odd)}: sides must be multiples of {grain} pixels")
+    large = [f"{h}x{w}" for h, w in sizes if largest is not None and max(h, w) > largest]
+    if large:
+        raise ConfigError(
+            f"data.buckets {', '.join(large)}: the position table ends at {largest} pixels; raise "
+            f"model.pos_embed_max_size or leave those sizes out"
+        )
+    small = [f"{h}x{w} ({n})" for (h, w), n in counts.items() if n < batch]
+    if small:
+        raise ConfigError(
+            f"data.buckets {', '.join(small)}: fewer pictures than a batch of {batch}, which would never be seen; "
+            f"leave those sizes out (their pictures go to the next ratio) or lower train.batch_size"
+        )
 
 
 def check_widths(config: RunConfig, vae: AutoencoderKL, text: TextEncoders) -> None:

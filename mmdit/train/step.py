@@ -75,7 +75,7 @@ class BatchDrawer:
     def draw(self, positions: np.ndarray) -> Batch:
         """Return the batch of these positions in the stream of training samples, on the CPU."""
         seed = self.config.seed
-        indices = data_order(seed, len(self.source), positions)
+        indices = self._order(positions)
         latents, conditioning = self.source.batch(indices)
         uniforms = torch.from_numpy(rng.uniform(seed, "caption_dropout", positions, (4,)))
         conditioning = drop_captions(
@@ -85,6 +85,13 @@ class BatchDrawer:
         u = torch.from_numpy(rng.uniform(seed, "train_t", positions))
         t = sample_t(self.config.diffusion.density, u, self.schedule)
         return Batch(np.asarray(positions), indices, latents, conditioning, noise, t)
+
+    def _order(self, positions: np.ndarray) -> np.ndarray:
+        """Return the items at these positions; a source whose items do not all stack has an order of its own."""
+        order = getattr(self.source, "order", None)
+        if order is not None:
+            return order(self.config.seed, positions, self.config.train.batch_size)
+        return data_order(self.config.seed, len(self.source), positions)
 
 
 class Prefetcher:

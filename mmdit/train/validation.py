@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 from mmdit import rng
+from mmdit.data.buckets import groups_of
 from mmdit.diffusion import equidistant_levels, loss_by_level
 from mmdit.pipeline import Stopped, TextToImage, image_grid, save_image
 from mmdit.train.run import Run, due, spent
@@ -45,17 +47,16 @@ def validate(run: Run, should_stop: Callable[[], bool]) -> bool:
     levels = equidistant_levels(train.val_levels)
     sums = torch.zeros(train.val_levels, dtype=torch.float64)
     run.denoiser.eval()
-    rounds, world = np.arange(len(run.validation)), accelerator.num_processes
-    for start in range(0, len(rounds), train.batch_size * world):
-        mine = rounds[start + accelerator.process_index : start + train.batch_size * world : world]
-        indices = mine if len(mine) else rounds[:1]
+    for indices, counted in shares(
+        run.validation, train.batch_size, accelerator.process_index, accelerator.num_processes
+    ):
         latents, conditioning = run.validation.batch(indices)
         noise = torch.from_numpy(rng.normal(VALIDATION_SEED, "val_noise", indices, latents.shape[1:]))
         losses = loss_by_level(
             run.denoiser, latents.to(accelerator.device), conditioning.to(accelerator.device),
             noise.to(accelerator.device), levels, run.schedule, run.config.diffusion.prediction,
         )  # [levels, B]  # fmt: skip
-        if len(mine):
+        if counted:
             sums += losses.double().sum(1).cpu()
         if should_stop():
             return False
@@ -63,6 +64,17 @@ def validate(run: Run, should_stop: Callable[[], bool]) -> bool:
     by_level = total.tolist()
     run.log("validation", loss=float(np.mean(by_level[:-1])), loss_by_level=by_level, levels=levels.tolist())
     return True
+
+
+def shares(source: Any, batch_size: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yield this process's batches of a source's items, and whether they count; all processes get equally many.
+
+    Items that do not stack (of two buckets) are never in one batch.
+    """
+    for group in groups_of(source):
+        for start in range(0, len(group), batch_size * world):
+            mine = group[start + rank : start + batch_size * world : world]
+            yield (mine, True) if len(mine) else (group[:1], False)
 
 
 def draw_samples(run: Run, should_stop: Callable[[], bool]) -> bool:

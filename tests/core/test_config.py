@@ -167,3 +167,19 @@ def test_a_typo_exits_before_torch_is_imported():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
     assert time.perf_counter() - start < 20  # a hang, not a speed test
+
+
+def test_another_data_set_drops_the_fields_of_the_default_one():
+    config = load_config(None, {"data": {"name": "images", "source": "x"}})
+    assert config.data.name == "images"
+    from mmdit.config import merge
+    from mmdit.config.reading import _default_names
+
+    tree = merge(_default_names({"data": {"num_images": 20}}), {"data": {"name": "images", "source": "x"}})
+    assert tree == {"data": {"name": "images", "source": "x"}}
+
+
+def test_a_field_of_another_variant_is_not_answered_with_itself():
+    with pytest.raises(ConfigError, match=r"data\.num_images: unknown field Valid here") as caught:
+        load_config(None, {"data": {"name": "images", "source": "x", "num_images": 3}})
+    assert "did you mean 'data.num_images'" not in str(caught.value)

@@ -256,3 +256,26 @@ def test_the_fingerprint_follows_pictures_captions_and_resolution(tmp_path):
     for file in folder.glob("*.txt"):
         file.write_text("other words")
     assert make_dataset(config(folder), "train").fingerprint != first
+
+
+def test_validation_writes_every_bad_item_with_its_reason(tmp_path):
+    import json
+
+    from mmdit.train.__main__ import main
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    (folder / "1.png").write_bytes(b"<!DOCTYPE html>")
+    (folder / "2.txt").unlink()
+    words = ["--data.name", "images", "--data.source", str(folder), "--data.resolution", "16"]
+    config = tmp_path / "c.yaml"
+    config.write_text("name: c\n")
+    assert main([str(config), "--out", str(tmp_path / "run"), "--validate", *words]) == 1
+    found = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    assert [item["item"] for item in found] == ["1.png", "2.png"]
+    assert "not a picture" in found[0]["reason"]
+    assert "no caption" in found[1]["reason"]
+    assert main([str(config), "--validate"]) == 2
