@@ -14,11 +14,22 @@ _EXPORTS = {
     "Conditioning": "mmdit.denoiser",
     "build_denoiser": "mmdit.models",
     "load_config": "mmdit.config",
+    "load_denoiser": "mmdit.weights.denoiser",
     "load_text_encoders": "mmdit.encoders.text",
     "load_vae": "mmdit.encoders.vae",
+    "save_denoiser": "mmdit.weights.denoiser",
     "TextToImage": "mmdit.pipeline",
 }
-__all__ = ["Conditioning", "TextToImage", "build_denoiser", "load_config", "load_text_encoders", "load_vae"]
+__all__ = [
+    "Conditioning",
+    "TextToImage",
+    "build_denoiser",
+    "load_config",
+    "load_denoiser",
+    "load_text_encoders",
+    "load_vae",
+    "save_denoiser",
+]
 
 if TYPE_CHECKING:
     from mmdit.config import load_config
@@ -27,6 +38,7 @@ if TYPE_CHECKING:
     from mmdit.encoders.vae import load_vae
     from mmdit.models import build_denoiser
     from mmdit.pipeline import TextToImage
+    from mmdit.weights.denoiser import load_denoiser, save_denoiser
 
 
 def __getattr__(name: str) -> Any:

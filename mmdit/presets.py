@@ -120,6 +120,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "linear_projection": True,
             "context_dim": 2048,
             "pooled_dim": 2816,
+            "size_embed_dim": 256,
         },
     },
 }

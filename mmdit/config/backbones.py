@@ -137,6 +137,7 @@ class UNetConfig(Config):
     ff_mult: PositiveFloat = 4.0
     context_dim: PositiveInt = 768
     pooled_dim: PositiveInt | None = None  # None: text enters by its tokens alone
+    size_embed_dim: PositiveInt | None = None  # SDXL 256: `pooled` ends with six sizes, each embedded in this width
     norm_groups: PositiveInt = 32
     injection: Injection = "cross"
     weight_sets: Literal[1, 2, 3] = 2  # of `joint`, as in MMDiT

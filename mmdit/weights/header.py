@@ -32,6 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_PICKLED = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how a pickle of protocol 2 to 5 begins
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -93,7 +94,8 @@ def _refuse_foreign(path: Path, start: bytes, size: int) -> None:
             f"{path} is a web page saved under the name of a file (often a page that asks to log in or to accept a "
             f"licence); accept the licence in a browser and download the file itself"
         )
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    plausible = start[8:9] == b"{" and 8 + int.from_bytes(start[:8], "little") <= size
+    if start.startswith((b"PK\x03\x04", *_PICKLED)) and not plausible:  # 1,152 is the bytes 80 04, a pickle's too
         raise pickle_error(path)
     if start.startswith(b"GGUF"):
         raise WeightsError(f"{path} is a GGUF file (quantised); use the .safetensors file of the release")

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-PREFIXES = ("model.diffusion_model.", "")  # in a whole checkpoint; bare last
+from mmdit.weights.source import Source
+
+PREFIX = "model.diffusion_model."  # of the MMDiT in a whole checkpoint
 
 # (original, diffusers), one to one, outside the blocks.
 _OUTSIDE = (
@@ -65,30 +68,41 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a key is not of the original layout; the message lists all such keys.
     """
-    outside, inside, packed = dict(_OUTSIDE), dict(_INSIDE), dict(_PACKED)
-    last = _last_block(state, _ORIGINAL_BLOCK)
+    last = last_block(state)
     result: dict[str, Tensor] = {}
     foreign = []
     for key, tensor in state.items():
-        block = _ORIGINAL_BLOCK.fullmatch(key)
-        stem, _, kind = key.rpartition(".")
-        if key == _POSITION[0]:
-            result[_POSITION[1]] = tensor
-        elif stem == _FINAL_MODULATION[0]:
-            result[f"{_FINAL_MODULATION[1]}.{kind}"] = swap_halves(tensor)
-        elif stem in outside:
-            result[f"{outside[stem]}.{kind}"] = tensor
-        elif block and block[2] in packed:
-            for part, name in zip(tensor.chunk(3), packed[block[2]], strict=True):
-                result[f"transformer_blocks.{block[1]}.{name}.{kind}"] = part
-        elif block and block[2] in inside:
-            swapped = int(block[1]) == last and block[2] == "context_block.adaLN_modulation.1"
-            name = f"transformer_blocks.{block[1]}.{inside[block[2]]}.{kind}"
-            result[name] = swap_halves(tensor) if swapped else tensor
-        else:
+        source = diffusers_source(key, last)
+        if source is None:
             foreign.append(key)
+        else:
+            tensor = swap_halves(tensor) if source.swapped else tensor
+            result.update(zip(source.keys, tensor.chunk(len(source.keys)), strict=True))
     _refuse(foreign, "the original SD3 layout")
     return result
+
+
+def diffusers_source(key: str, last: int) -> Source | None:
+    """Say where a tensor of the original layout lies in a diffusers file; None for a key that is not of this layout.
+
+    Args:
+        last: index of the last block, whose text modulation is stored the other way round.
+    """
+    outside, inside, packed = dict(_OUTSIDE), dict(_INSIDE), dict(_PACKED)
+    block = _ORIGINAL_BLOCK.fullmatch(key)
+    stem, _, kind = key.rpartition(".")
+    if key == _POSITION[0]:
+        return Source((_POSITION[1],))
+    if stem == _FINAL_MODULATION[0]:
+        return Source((f"{_FINAL_MODULATION[1]}.{kind}",), swapped=True)
+    if stem in outside:
+        return Source((f"{outside[stem]}.{kind}",))
+    if block and block[2] in packed:
+        return Source(tuple(f"transformer_blocks.{block[1]}.{name}.{kind}" for name in packed[block[2]]))
+    if block and block[2] in inside:
+        swapped = int(block[1]) == last and block[2] == "context_block.adaLN_modulation.1"
+        return Source((f"transformer_blocks.{block[1]}.{inside[block[2]]}.{kind}",), swapped)
+    return None
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +114,7 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     outside = {theirs: ours for ours, theirs in _OUTSIDE}
     inside = {theirs: ours for ours, theirs in _INSIDE}
     packed = {name: (ours, names) for ours, names in _PACKED for name in names}
-    last = _last_block(state, _DIFFUSERS_BLOCK)
+    last = last_block(state)
     result: dict[str, Tensor] = {}
     foreign = []
     for key, tensor in state.items():
@@ -137,9 +151,49 @@ def swap_halves(tensor: Tensor) -> Tensor:
     return torch.cat([second, first])
 
 
-def _last_block(keys: Iterable[str], pattern: re.Pattern[str]) -> int:
-    """Return the largest block index, -1 where there are no blocks."""
-    return max((int(match[1]) for match in map(pattern.fullmatch, keys) if match), default=-1)
+def last_block(keys: Iterable[str]) -> int:
+    """Return the largest block index of keys in either layout, -1 where there are no blocks."""
+    found = (_ORIGINAL_BLOCK.fullmatch(key) or _DIFFUSERS_BLOCK.fullmatch(key) for key in keys)
+    return max((int(match[1]) for match in found if match), default=-1)
+
+
+def infer_fields(shapes: Mapping[str, tuple[int, ...]], layout: str) -> dict[str, Any]:
+    """Tell the fields of MMDiTConfig from the shapes of a file, in either layout and without prefix.
+
+    What a damaged file lacks is taken from SD3-medium, so that the caller can say what is missing. The number of
+    heads is told only where queries are normalised; else it is not among the fields.
+    """
+    last = last_block(shapes)
+
+    def shape(key: str, default: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
+        source = diffusers_source(key, last)
+        assert source is not None, key
+        return shapes.get(key if layout == "original" else source.keys[0], default)
+
+    first = "joint_blocks.0.x_block"
+    width = (shape(f"{first}.attn.qkv.weight") or (0, 1536))[1]
+    patches = shape("x_embedder.proj.weight") or (width, 16, 2, 2)
+    position = shape("pos_embed") or (1, 192**2, width)
+    hidden = shape(f"{first}.mlp.fc1.weight") or (4 * width, width)
+    final = shape("final_layer.linear.weight") or (patches[1] * patches[2] ** 2, width)
+    fields: dict[str, Any] = {
+        "in_channels": patches[1],
+        "out_channels": max(1, final[0] // patches[2] ** 2),
+        "patch_size": patches[2],
+        "depth": last + 1,
+        "width": width,
+        "mlp_ratio": hidden[0] / width,
+        "context_dim": (shape("context_embedder.weight") or (width, 4096))[1],
+        "pooled_dim": (shape("y_embedder.mlp.0.weight") or (width, 2048))[1],
+        "dual_attention_layers": tuple(
+            i for i in range(last + 1) if shape(f"joint_blocks.{i}.x_block.attn2.qkv.weight") is not None
+        ),
+        "pos_embed_max_size": round(position[1] ** 0.5),
+    }
+    norm = shape(f"{first}.attn.ln_k.weight") or shape("joint_blocks.0.context_block.attn.ln_k.weight")
+    if norm is not None:
+        fields |= {"qk_norm": "rms", "num_heads": max(1, width // norm[0])}
+    return fields
 
 
 def _refuse(foreign: list[str], layout: str) -> None:

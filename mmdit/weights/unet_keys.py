@@ -8,12 +8,14 @@ Source: the key lists of the SD1.5 and SDXL releases (tests/weights/keys) and di
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mmdit.config import UNetConfig
 
 T = TypeVar("T")
+Shapes = Mapping[str, tuple[int, ...]]
 
 PREFIX = "model.diffusion_model."  # of the U-Net in a whole SD1.x or SDXL checkpoint
 
@@ -29,8 +31,6 @@ _RES_BLOCK = (
 _OUTSIDE = (
     ("time_embed.0", "time_embedding.linear_1"),
     ("time_embed.2", "time_embedding.linear_2"),
-    ("label_emb.0.0", "add_embedding.linear_1"),
-    ("label_emb.0.2", "add_embedding.linear_2"),
     ("input_blocks.0.0", "conv_in"),
     ("out.0", "conv_norm_out"),
     ("out.2", "conv_out"),
@@ -40,6 +40,8 @@ _OUTSIDE = (
 def module_pairs(config: UNetConfig) -> Iterator[tuple[str, str]]:
     """Yield (original, diffusers) names of modules: whatever follows them in a key is the same in both layouts."""
     yield from _OUTSIDE
+    pooled = "class_embedding" if config.size_embed_dim is None else "add_embedding"  # the latter reads six sizes, too
+    yield from (("label_emb.0.0", f"{pooled}.linear_1"), ("label_emb.0.2", f"{pooled}.linear_2"))
     stages, blocks = len(config.channel_mult), config.num_res_blocks
     for stage in range(stages):
         first = 1 + stage * (blocks + 1)  # input_blocks.0 is the first convolution; a stage ends in its downsampler
@@ -127,3 +129,77 @@ def from_diffusers(state: Mapping[str, T], config: UNetConfig) -> dict[str, T]:
         ValueError: a key does not fit the config.
     """
     return rename(state, ((diffusers, original) for original, diffusers in module_pairs(config)))
+
+
+def infer_fields(shapes: Shapes, layout: str) -> dict[str, Any]:
+    """Tell the fields of UNetConfig from the shapes of a file, in either layout and without prefix.
+
+    What a damaged file lacks is taken from SD1.5, so that the caller can say what is missing. Heads and norm groups
+    leave no trace in shapes and are not among the fields.
+    """
+    original = layout == "original"
+    stem = shapes.get("input_blocks.0.0.weight" if original else "conv_in.weight", (320, 4, 3, 3))
+    stages = list(_original_stages(shapes) if original else _diffusers_stages(shapes))
+    middle = "middle_block.1" if original else "mid_block.attentions.0"
+    depths: dict[str, int] = {}
+    for key in shapes:
+        match = re.match(r"(.+)\.transformer_blocks\.(\d+)\.", key)
+        if match:
+            depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
+    widths = [next((shapes[conv][0] for conv, _ in stage if conv in shapes), stem[0]) for stage in stages]
+    pooled = ("label_emb.0.0",) if original else ("add_embedding.linear_1", "class_embedding.linear_1")
+    pooled_dim = next((shapes[f"{name}.weight"][1] for name in pooled if f"{name}.weight" in shapes), None)
+    fields: dict[str, Any] = {
+        "in_channels": stem[1],
+        "out_channels": shapes.get("out.2.weight" if original else "conv_out.weight", (stem[1],))[0],
+        "model_channels": stem[0],
+        "channel_mult": tuple(max(1, width // stem[0]) for width in widths),
+        "num_res_blocks": max(1, len(stages[0])),
+        "transformer_depth": tuple(max((depths.get(name, 0) for _, name in stage), default=0) for stage in stages),
+        "middle_transformer_depth": depths.get(middle, 0),
+        "pooled_dim": pooled_dim,
+        "size_embed_dim": None if "class_embedding.linear_1.weight" in shapes else _size_embed_dim(pooled_dim),
+    }
+    for name in depths:  # any of them tells what all have in common
+        first = f"{name}.transformer_blocks.0"
+        if f"{name}.proj_in.weight" in shapes:
+            fields["linear_projection"] = len(shapes[f"{name}.proj_in.weight"]) == 2
+        if f"{first}.attn2.to_k.weight" in shapes:
+            fields["context_dim"] = shapes[f"{first}.attn2.to_k.weight"][1]
+        if f"{first}.ff.net.0.proj.weight" in shapes:
+            hidden, channels = shapes[f"{first}.ff.net.0.proj.weight"]
+            fields["ff_mult"] = hidden / 2 / channels
+    return fields
+
+
+def _size_embed_dim(pooled_dim: int | None) -> int | None:
+    """Return the width of each of the six sizes in a pooled vector: 256, or what can fit in a small network's."""
+    if pooled_dim is None or pooled_dim <= 6:
+        return None
+    return min(256, 1 << ((pooled_dim - 1) // 6).bit_length() - 1)
+
+
+def _original_stages(shapes: Shapes) -> Iterator[list[tuple[str, str]]]:
+    """Yield the stages of the way down: (first convolution, transformer) of each residual block."""
+    stage: list[tuple[str, str]] = []
+    for i in range(1, _count(shapes, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{i}.0.op.weight" in shapes:
+            yield stage
+            stage = []
+        else:
+            stage.append((f"input_blocks.{i}.0.in_layers.2.weight", f"input_blocks.{i}.1"))
+    yield stage
+
+
+def _diffusers_stages(shapes: Shapes) -> Iterator[list[tuple[str, str]]]:
+    for stage in range(max(1, _count(shapes, r"down_blocks\.(\d+)\."))):
+        block = f"down_blocks.{stage}"
+        yield [
+            (f"{block}.resnets.{i}.conv1.weight", f"{block}.attentions.{i}")
+            for i in range(_count(shapes, rf"down_blocks\.{stage}\.resnets\.(\d+)\."))
+        ]
+
+
+def _count(keys: Iterable[str], pattern: str) -> int:
+    """Return one more than the largest number that `pattern` finds at the start of a key, 0 where it finds none."""
+    return max((int(match[1]) for match in (re.match(pattern, key) for key in keys) if match), default=-1) + 1

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # room: the rooms of ours it may import (itself is always allowed)
 ROOMS = {
-    "mmdit": {"config", "denoiser", "encoders", "models", "pipeline", "presets"},
+    "mmdit": {"config", "denoiser", "encoders", "models", "pipeline", "presets", "weights"},
     "presets": set(),
     "registry": set(),
     "rng": set(),
@@ -22,9 +22,9 @@ ROOMS = {
     "sampling": {"config", "registry", "rng", "denoiser", "diffusion"},
     "releases": {"config", "registry", "rng", "denoiser", "diffusion", "sampling"},
     "encoders": {"config", "presets", "registry", "rng", "denoiser", "weights"},
-    "weights": {"config", "presets", "registry", "rng", "denoiser", "models", "encoders"},
+    "weights": {"config", "presets", "registry", "rng", "denoiser", "models", "encoders", "checkpoint"},
     "data": {"config", "presets", "registry", "rng", "denoiser", "encoders", "weights"},
-    "checkpoint": {"config", "registry", "rng", "denoiser", "models", "encoders", "weights"},
+    "checkpoint": {"config", "registry"},
     "pipeline": {
         "config",
         "registry",

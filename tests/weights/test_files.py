@@ -207,6 +207,13 @@ def test_a_header_that_lies_is_refused(tmp_path, name):
         open_weights(raw(tmp_path / "m.safetensors", header, b"\0" * size))
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, length):
+    text = json.dumps({"a": entry()}).encode()
+    file = raw(tmp_path / "m.safetensors", text + b" " * (length - len(text)), struct.pack("<f", 2.5))
+    assert open_weights(file).read("a").tolist() == [2.5]
+
+
 @pytest.mark.parametrize("name", ["v1-5-pruned.ckpt", "model.pt", "pytorch_model.bin", "folder"])
 def test_a_pickle_is_never_opened(tmp_path, name):
     file = tmp_path / name
