@@ -16,24 +16,26 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mmdit.checkpoint import MANIFEST, find_checkpoint, load_checkpoint
-from mmdit.config import model_config
-from mmdit.models import BACKBONES, build_denoiser
+from mmdit.config import UNetConfig, model_config
+from mmdit.models import BACKBONES
 from mmdit.registry import lookup
 from mmdit.weights import sd3, unet_keys
 from mmdit.weights.detect import Part, denoiser_parts, find_denoiser, infer_fields
 from mmdit.weights.diffusers_config import check_fits_diffusers, from_diffusers_config, to_diffusers_config
+from mmdit.weights.empty import empty_denoiser
 from mmdit.weights.files import SUFFIX, WeightFiles, open_weights
 from mmdit.weights.header import WeightsError, sync
 from mmdit.weights.heads import resolve_heads
 from mmdit.weights.source import Source
 from mmdit.weights.writing import Lazy, write_weights
 
+T = TypeVar("T")
 FOLDERS = ("transformer", "unet")  # of a diffusers pipeline
 LAYOUTS = {"original": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors"}
 _BLOCK = re.compile(r"(joint|transformer|input|output|down|up)_blocks\.\d+")
@@ -72,8 +74,7 @@ def load_denoiser(
         CheckpointError: a checkpoint of ours that does not verify.
     """
     files, part, config = open_denoiser(path, prefix, **overrides)
-    with torch.device("meta"):
-        denoiser = build_denoiser(config)
+    denoiser = empty_denoiser(config)
     expected = denoiser.state_dict()
     sources = find_sources(expected, part, config)
     check_fit(files, part, expected, sources, overrides)
@@ -126,7 +127,7 @@ def save_denoiser(
         state = {prefix + key: tensor for key, tensor in state.items()}
     else:
         check_fits_diffusers(config)
-        state = sd3.to_diffusers(state) if config.name == "mmdit" else unet_keys.to_diffusers(state, config)
+        state = sd3.to_diffusers(state) if config.name == "mmdit" else _unet_to_diffusers(state, config)
     return write_denoiser(state, file, layout, config, folder=file != Path(path), dtype=dtype, shard_size=shard_size)
 
 
@@ -208,8 +209,13 @@ def find_sources(keys: Iterable[str], part: Part, config: Any) -> dict[str, Sour
         last = sd3.last_block(keys)
         found = {key: sd3.diffusers_source(key, last) for key in keys}
         return {key: replace_prefix(source, part.prefix) for key, source in found.items() if source is not None}
-    theirs = unet_keys.to_diffusers({key: key for key in keys}, config)
+    theirs = _unet_to_diffusers({key: key for key in keys}, config)
     return {ours: Source((part.prefix + key,)) for key, ours in theirs.items()}
+
+
+def _unet_to_diffusers(state: Mapping[str, T], config: UNetConfig) -> dict[str, T]:
+    pooled = "class_embedding" if config.size_embed_dim is None else "add_embedding"
+    return unet_keys.to_diffusers(state, config, pooled)
 
 
 def replace_prefix(source: Source, prefix: str) -> Source:

@@ -5,13 +5,14 @@
     files.read_into("first_stage_model.encoder.conv_in.weight", parameter.data)
 
 Every header is checked first (`mmdit.weights.header`), so a bad file is refused before anything is built. Tensors are
-read one by one with plain reads into their destination, converted in pieces of 16 MiB: no mapped pages count towards
+read one by one with plain reads into their destination, converted in pieces of 4 MiB: no mapped pages count towards
 the process, so loading costs the memory of what is loaded and little more.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -29,7 +30,7 @@ __all__ = ["WeightFiles", "WeightsError", "open_weights"]
 SUFFIX = ".safetensors"
 STANDARD = ("diffusion_pytorch_model", "model")  # the names diffusers and transformers give
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.\w+)?")  # without .safetensors
-_PIECE = 1 << 24  # bytes read at once where they are converted
+_PIECE = 1 << 22  # bytes read at once where they are converted
 _SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")  # beside a scaled fp8 weight
 
 
@@ -121,7 +122,11 @@ class WeightFiles:
                 _fill(file, flat, entry)
                 return target
             step = _PIECE // entry.dtype.itemsize
-            piece = torch.empty(min(step, flat.numel()), dtype=entry.dtype)
+            if flat.numel() == 0:
+                return target
+            # pages of its own: taken from the heap, it left holes between the weights of half their size
+            pages = mmap.mmap(-1, min(step, flat.numel()) * entry.dtype.itemsize)
+            piece = torch.frombuffer(pages, dtype=entry.dtype)
             for start in range(0, flat.numel(), step):
                 part = piece[: min(step, flat.numel() - start)]
                 _fill(file, part, entry)

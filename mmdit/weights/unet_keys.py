@@ -37,10 +37,14 @@ _OUTSIDE = (
 )
 
 
-def module_pairs(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Yield (original, diffusers) names of modules: whatever follows them in a key is the same in both layouts."""
+def module_pairs(config: UNetConfig, pooled: str = "add_embedding") -> Iterator[tuple[str, str]]:
+    """Yield (original, diffusers) names of modules: whatever follows them in a key is the same in both layouts.
+
+    Args:
+        pooled: diffusers' name of what embeds the pooled vector: `add_embedding` where six sizes are part of it, as in
+            SDXL, else `class_embedding`.
+    """
     yield from _OUTSIDE
-    pooled = "class_embedding" if config.size_embed_dim is None else "add_embedding"  # the latter reads six sizes, too
     yield from (("label_emb.0.0", f"{pooled}.linear_1"), ("label_emb.0.2", f"{pooled}.linear_2"))
     stages, blocks = len(config.channel_mult), config.num_res_blocks
     for stage in range(stages):
@@ -113,13 +117,16 @@ def _owner(key: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
-def to_diffusers(state: Mapping[str, T], config: UNetConfig) -> dict[str, T]:
+def to_diffusers(state: Mapping[str, T], config: UNetConfig, pooled: str = "add_embedding") -> dict[str, T]:
     """Rename the parameters of our `UNet` (original layout, no prefix) to those of UNet2DConditionModel.
+
+    Args:
+        pooled: as in `module_pairs`.
 
     Raises:
         ValueError: a key does not fit the config.
     """
-    return rename(state, module_pairs(config))
+    return rename(state, module_pairs(config, pooled))
 
 
 def from_diffusers(state: Mapping[str, T], config: UNetConfig) -> dict[str, T]:

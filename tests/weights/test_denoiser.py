@@ -373,7 +373,7 @@ print((peak() - before) / sum(tensor.nbytes for tensor in denoiser.state_dict().
     ("layout", "stored", "wanted"), [("original", "float16", "float16"), ("diffusers", "float32", "bfloat16")]
 )
 def test_loading_takes_little_more_memory_than_the_weights(layout, stored, wanted, tmp_path):
-    fields = {"depth": 4, "width": 1024, "num_heads": 16, "context_dim": 64, "pos_embed_max_size": 32}
+    fields = {"depth": 3, "width": 1024, "num_heads": 16, "context_dim": 64, "pos_embed_max_size": 32}
     with torch.device("meta"):
         denoiser = build_denoiser(model_config("mmdit", **fields))
     denoiser = denoiser.to(getattr(torch, stored)).to_empty(device="cpu")
@@ -390,7 +390,7 @@ def test_a_run_of_ours_loads_by_folder_by_checkpoint_and_by_file(micro, tmp_path
     checkpoint = save_checkpoint(tmp_path / "run", 48, tensors, {}, config)
     for path in (tmp_path / "run", checkpoint, checkpoint / "ema.safetensors"):
         loaded = load_denoiser(path)
-        assert loaded.config.model_dump() == config.model.model_dump()
+        assert loaded.config == config.model.model_copy(update={"preset": None})
         assert same(loaded, average)
     assert same(load_denoiser(checkpoint / "model.safetensors"), raw)
     damaged = bytearray((checkpoint / "ema.safetensors").read_bytes())
