@@ -179,7 +179,7 @@ class UNetConfig(Config):
             why = "pooled_dim is None" if self.pooled_dim is None else "with injection 'pooled' no queries read text"
             raise ValueError(f"text_in_query adds the pooled text to queries, but {why}; leave it out")
         existing = self.transformer_stages
-        if self.injection != "pooled" and not existing:
+        if self.injection in ("joint", "decoupled") and not existing:
             raise ValueError(f"injection {self.injection!r} needs transformers, but transformer_depth is 0 everywhere")
         if self.text_stages is None:
             return

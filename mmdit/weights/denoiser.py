@@ -73,6 +73,9 @@ def load_denoiser(
         ConfigError: an override that is no field, or fields that do not go together.
         CheckpointError: a checkpoint of ours that does not verify.
     """
+    sharded = _sharded_checkpoint(Path(path))
+    if sharded is not None:
+        return _join_shards(sharded, dtype, device, overrides)
     files, part, config = open_denoiser(path, prefix, **overrides)
     denoiser = empty_denoiser(config)
     expected = denoiser.state_dict()
@@ -304,6 +307,27 @@ def _choose_dtype(files: WeightFiles, part: Part) -> torch.dtype:
         sizes[files.dtype(key)] += files.nbytes(key)
     dtype = sizes.most_common(1)[0][0]
     return dtype if dtype in _COMPUTED else torch.bfloat16
+
+
+def _sharded_checkpoint(path: Path) -> Path | None:
+    """Return the checkpoint of a run that was saved in one file per process, whose parts are parts of tensors."""
+    if not ((path / MANIFEST).is_file() or (path / "checkpoints").is_dir()):
+        return None
+    checkpoint = find_checkpoint(path)
+    return checkpoint if (checkpoint / "ema").is_dir() else None
+
+
+def _join_shards(
+    checkpoint: Path, dtype: torch.dtype | None, device: torch.device | str | None, overrides: Mapping[str, Any]
+) -> nn.Module:
+    """Load the average of a sharded checkpoint; its tensors are put together in memory first."""
+    if overrides:
+        raise WeightsError(f"{checkpoint} knows its config; leave out {', '.join(overrides)}")
+    loaded = load_checkpoint(checkpoint, stems=["ema"])
+    denoiser = empty_denoiser(loaded.config.model)
+    state = {key: tensor.to(device=device, dtype=dtype) for key, tensor in loaded.tensors["ema"].items()}
+    denoiser.load_state_dict(state, strict=True, assign=True)
+    return denoiser.eval()
 
 
 def _own_config(files: WeightFiles) -> dict[str, Any] | None:

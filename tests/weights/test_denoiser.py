@@ -16,9 +16,10 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
+from safetensors.torch import save_file
 
 from mmdit import build_denoiser, load_denoiser, save_denoiser
-from mmdit.checkpoint import CheckpointError, save_checkpoint
+from mmdit.checkpoint import MANIFEST, CheckpointError, fingerprint, manifest_text, save_checkpoint
 from mmdit.config import model_config
 from mmdit.denoiser import Conditioning
 from mmdit.weights import sd3, unet_keys
@@ -398,3 +399,21 @@ def test_a_run_of_ours_loads_by_folder_by_checkpoint_and_by_file(micro, tmp_path
     (checkpoint / "ema.safetensors").write_bytes(damaged)
     with pytest.raises(CheckpointError, match="has changed"):
         load_denoiser(checkpoint)
+
+
+def test_the_average_of_a_run_sharded_over_processes_is_put_together(micro, tmp_path):
+    config = micro()
+    average = build_denoiser(config.model)
+    checkpoint = save_checkpoint(tmp_path / "run", 48, {"ema": average.state_dict()}, {}, config)
+    (checkpoint / "ema.safetensors").unlink()
+    (checkpoint / "ema").mkdir()
+    for part in range(2):  # as torch.distributed.checkpoint writes them
+        halves = {key: tensor.chunk(2) for key, tensor in average.state_dict().items()}
+        pieces = {key: both[part].contiguous() for key, both in halves.items() if part < len(both)}
+        starts = {key: [part * len(halves[key][0])] + [0] * (tensor.ndim - 1) for key, tensor in pieces.items()}
+        places = json.dumps({key: {"saved_offsets": start} for key, start in starts.items()})
+        save_file(pieces, checkpoint / "ema" / f"shard-{part}.safetensors", metadata={"DCP_SHARDING_INFO": places})
+    files = [file for file in checkpoint.rglob("*") if file.is_file() and file.name != MANIFEST]
+    table = {file.relative_to(checkpoint).as_posix(): fingerprint(file) for file in files}
+    (checkpoint / MANIFEST).write_text(manifest_text(table))
+    assert same(load_denoiser(tmp_path / "run"), average)
