@@ -31,7 +31,7 @@ MAX_PIXELS = 64_000_000  # a picture of more is taken for a decompression bomb
 
 # what Pillow may open: its other decoders start programs or read formats nobody trains on
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 _LISTED = 20  # bad items an error names
 _LOG = logging.getLogger(__name__)
 
@@ -113,31 +113,45 @@ def _open(config: ImagesConfig) -> _Rows:
     tables = ("*.parquet", "*.arrow", "metadata.*")
     if path.is_dir() and not any(file for pattern in tables for file in path.rglob(pattern)):
         return _open_sidecars(path)
-    table = _load(config, path)
-    for column in (config.image_column, config.caption_column):
-        if column not in table.column_names:
-            raise ValueError(f"{config.source}: {unknown('column', column, table.column_names)}")
-    import datasets
-
-    if isinstance(table.features[config.image_column], datasets.Image):
-        table = table.cast_column(config.image_column, datasets.Image(decode=False))  # Pillow decodes, by our rules
+    table = open_table(config.source, config.split, config.image_column, config.caption_column)
 
     def name(row: int) -> str:
-        image = table[row][config.image_column]
-        place = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
-        return f"row {row} ({Path(place).name})" if place else f"row {row}"
+        return row_name(table[row][config.image_column], row)
 
     def read(row: int) -> tuple[str, bytes, str]:
         item = table[row]
         caption = item[config.caption_column]
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError("caption is empty" if not caption else f"caption is no text: {caption!r:.60}")
-        return name(row), _bytes(item[config.image_column], path), caption.strip()
+        return name(row), image_bytes(item[config.image_column], path), caption.strip()
 
     return _Rows(len(table), read, name)
 
 
-def _bytes(image: Any, root: Path) -> bytes:
+def open_table(source: str, split: str, image_column: str, caption_column: str | None = None) -> Any:
+    """Open a `datasets` table (parquet, arrow, image folder with metadata, hub name); its images stay encoded.
+
+    Raises:
+        FileNotFoundError: no such source. DataError: it cannot be read. ValueError: a column is not there.
+    """
+    import datasets
+
+    table = _load(source, split)
+    for column in (image_column, caption_column):
+        if column is not None and column not in table.column_names:
+            raise ValueError(f"{source}: {unknown('column', column, table.column_names)}")
+    if isinstance(table.features[image_column], datasets.Image):
+        table = table.cast_column(image_column, datasets.Image(decode=False))  # Pillow decodes, by our rules
+    return table
+
+
+def row_name(image: Any, row: int) -> str:
+    """Name a row of a table for people, with its file where it has one."""
+    place = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+    return f"row {row} ({Path(place).name})" if place else f"row {row}"
+
+
+def image_bytes(image: Any, root: Path) -> bytes:
     """Return a cell's encoded picture: bytes, a path, or the dictionary of both that `datasets` stores."""
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
@@ -151,7 +165,7 @@ def _bytes(image: Any, root: Path) -> bytes:
 
 def _open_sidecars(folder: Path) -> _Rows:
     """Open a folder in which `a.png` has its caption in `a.txt`."""
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
 
     def read(row: int) -> tuple[str, bytes, str]:
         text = files[row].with_suffix(".txt")
@@ -171,33 +185,34 @@ def _open_sidecars(folder: Path) -> _Rows:
     return _Rows(len(files), read, name)
 
 
-def _load(config: ImagesConfig, path: Path) -> Any:
+def _load(source: str, split: str) -> Any:
     """Load a `datasets` table from wherever the source points."""
     import datasets
 
+    path = Path(source).expanduser()
     try:
         if path.is_file():
-            return datasets.load_dataset(path.suffix.lstrip("."), data_files=str(path), split=config.split)
+            return datasets.load_dataset(path.suffix.lstrip("."), data_files=str(path), split=split)
         if path.is_dir():
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
                 saved = datasets.load_from_disk(str(path))
                 if not isinstance(saved, dict):
                     return saved
-                if config.split not in saved:
-                    raise ValueError(unknown("split", config.split, saved))
-                return saved[config.split]
+                if split not in saved:
+                    raise ValueError(unknown("split", split, saved))
+                return saved[split]
             if any(path.rglob("*.parquet")):
-                return datasets.load_dataset("parquet", data_dir=str(path), split=config.split)
-            return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.split)
+                return datasets.load_dataset("parquet", data_dir=str(path), split=split)
+            return datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{config.source}: cannot be read: {error}") from error
-    if config.source.startswith((".", "/", "~")) or path.suffix or config.source.count("/") > 1:
-        raise FileNotFoundError(f"{config.source}: no such file or folder; data.source names one, or a hub data set")
+        raise DataError(f"{source}: cannot be read: {error}") from error
+    if source.startswith((".", "/", "~")) or path.suffix or source.count("/") > 1:
+        raise FileNotFoundError(f"{source}: no such file or folder; data.source names one, or a hub data set")
     try:
-        return datasets.load_dataset(config.source, split=config.split)
+        return datasets.load_dataset(source, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # ConnectionError is an OSError
         raise FileNotFoundError(
-            f"{config.source} is neither a local path nor could it be loaded as a hub data set, which needs the "
+            f"{source} is neither a local path nor could it be loaded as a hub data set, which needs the "
             f"network (or an earlier download): {type(error).__name__}: {error}"
         ) from error
 
