@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from mmdit.registry import lookup
 from mmdit_eval.frechet import FloatArray
+
+_LOG = logging.getLogger(__name__)
+
+
+class Tower(Protocol):
+    """What is asked of a text tower; `features.TextTower` is one."""
+
+    @property
+    def embed(self) -> Callable[[Sequence[str]], Any]:
+        """Captions to embeddings [B, e]; longer ones are cut."""
+
+    @property
+    def lengths(self) -> Callable[[Sequence[str]], list[int]]:
+        """Tokens of each caption, start and end included."""
+
+    @property
+    def limit(self) -> int:
+        """Tokens the tower reads."""
 
 
 def clip_scores(image_embeds: Any, text_embeds: Any) -> FloatArray:
@@ -40,3 +61,73 @@ def clip_scores(image_embeds: Any, text_embeds: Any) -> FloatArray:
 def clip_score(image_embeds: Any, text_embeds: Any) -> float:
     """Return the mean of `clip_scores`: 0 ... 100. Comparable only within one CLIP."""
     return float(clip_scores(image_embeds, text_embeds).mean())
+
+
+# what happens to captions that are longer than the text tower reads (77 tokens for CLIP)
+POLICIES = {
+    "truncate": "the rest is not read; how many are concerned is said",
+    "error": "refused",
+    "chunk": "cut between words into pieces that fit; the mean of their normalised embeddings counts",
+}
+
+
+def caption_embeds(
+    captions: Sequence[str], tower: Tower, policy: str = "truncate", batch_size: int = 64
+) -> tuple[FloatArray, int]:
+    """Embed captions under an explicit policy for long ones.
+
+    Common implementations cut at 77 tokens without a word, and one lost the end token with the rest and fell from 26
+    to 16 (torchmetrics#2883).
+
+    Args:
+        policy: a name of `POLICIES`.
+
+    Returns:
+        (embeddings float64 [N, e], number of captions over the limit).
+
+    Raises:
+        ValueError: unknown policy; captions over the limit under `error`; a single word over the limit under `chunk`.
+    """
+    lookup(POLICIES, policy, "policy for long captions")
+    captions = list(captions)
+    over = [i for i, length in enumerate(tower.lengths(captions)) if length > tower.limit]
+    if over and policy == "error":
+        raise ValueError(
+            f"{len(over)} of {len(captions)} captions are longer than the {tower.limit} tokens the text tower reads, "
+            f"first number {over[0]}: {captions[over[0]]!r:.80}; use the policy 'truncate' or 'chunk'"
+        )
+    if over and policy == "truncate":
+        _LOG.warning(
+            "%d of %d captions are longer than %d tokens; CLIP-score does not read the rest (policy 'truncate')",
+            len(over), len(captions), tower.limit,
+        )  # fmt: skip
+    pieces = [[caption] for caption in captions]
+    if policy == "chunk":
+        for i in over:
+            pieces[i] = _pieces(captions[i], tower)
+    flat = [piece for parts in pieces for piece in parts]
+    rows = [
+        np.asarray(tower.embed(flat[i : i + batch_size]), dtype=np.float64) for i in range(0, len(flat), batch_size)
+    ]
+    embeds = np.concatenate(rows)
+    if len(flat) == len(captions):
+        return embeds, len(over)
+    embeds = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+    starts = np.concatenate([[0], np.cumsum([len(parts) for parts in pieces])[:-1]])
+    return np.add.reduceat(embeds, starts) / np.array([[len(parts)] for parts in pieces]), len(over)
+
+
+def _pieces(caption: str, tower: Tower) -> list[str]:
+    """Cut a caption between words into the fewest pieces that fit, taking as many words as fit each time."""
+    words, found = caption.split(), []
+    while words:
+        low, high = 1, len(words)
+        while low < high:  # the length grows with every word
+            middle = (low + high + 1) // 2
+            fits = tower.lengths([" ".join(words[:middle])])[0] <= tower.limit
+            low, high = (middle, high) if fits else (low, middle - 1)
+        if tower.lengths([" ".join(words[:low])])[0] > tower.limit:
+            raise ValueError(f"the word {words[0]!r:.60} alone is longer than {tower.limit} tokens; shorten it")
+        found.append(" ".join(words[:low]))
+        words = words[low:]
+    return found

@@ -74,6 +74,27 @@ def read_result(path: str | Path) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and "splits" in result else None
 
 
+def find_result(path: str | Path) -> dict[str, Any]:
+    """Read a result that must be there: a JSON file, or the newest result of a run folder.
+
+    Raises:
+        FileNotFoundError: no such file, or a run that was not judged yet. ValueError: not a result.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted((path / "eval").glob("*.json"), key=lambda file: file.stat().st_mtime)
+        results = [file for file in files if read_result(file) is not None]
+        if not results:
+            raise FileNotFoundError(f"no result in {path / 'eval'}; make one: python scripts/evaluate.py {path}")
+        path = results[-1]
+    if not path.is_file():
+        raise FileNotFoundError(f"no result {path}; give the .json of scripts/evaluate.py, or a run folder")
+    result = read_result(path)
+    if result is None or not {"stamp", "run"} <= result.keys():
+        raise ValueError(f"{path} is no result of scripts/evaluate.py: it has no splits, stamp and run")
+    return result
+
+
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write JSON beside its place and rename, so that a result is whole or absent; NaN is refused."""
     path.parent.mkdir(parents=True, exist_ok=True)

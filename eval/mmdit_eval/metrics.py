@@ -52,7 +52,10 @@ class Reference:
 
     def head(self, count: int) -> Reference:
         """Return the first `count` items."""
-        rows = slice(0, count)
+        return self.part(slice(0, count))
+
+    def part(self, rows: slice) -> Reference:
+        """Return some of the items."""
         return Reference(
             self.split,
             self.dataset,

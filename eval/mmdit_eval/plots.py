@@ -135,6 +135,44 @@ def grid_figure(grid: Mapping[str, Any]) -> str:
     return _png(figure)
 
 
+def sweep_figure(table: Mapping[str, Any]) -> str:
+    """Draw a guidance sweep, one panel a split: distance over CLIP-score, each point with both intervals: base64 PNG.
+
+    Args:
+        table: as `sweep.sweep_run` writes it.
+    """
+    splits = list(table["splits"])
+    figure, axes = _figure(len(splits))
+    across, up = SCORES[table["across"]], SCORES[table["up"]]
+    for axis, split in zip(np.atleast_1d(axes), splits, strict=True):
+        points = [
+            [point["scores"][split][name] for point in table["points"]] for name in (table["across"], table["up"])
+        ]
+        x, y = ([style.factor * e["value"] for e in line] for style, line in zip((across, up), points, strict=True))
+        bars = [_error_bars(line, style.factor) for style, line in zip((across, up), points, strict=True)]
+        axis.plot(x, y, color=COLOURS[0], linewidth=1.4, zorder=2)
+        axis.errorbar(
+            x, y, xerr=bars[0], yerr=bars[1], fmt="o", color=COLOURS[0], ecolor=CEILING, markersize=5, elinewidth=1,
+            zorder=3,
+        )  # fmt: skip
+        for i, point in enumerate(table["points"]):
+            axis.annotate(
+                f"{point['guidance_scale']:g}", (x[i], y[i]), xytext=(7, 6), textcoords="offset points", fontsize=9
+            )
+        axis.set_title(f"{SPLIT_NAMES.get(split, split)}, {table['splits'][split]['num_images']:,} pictures a point",
+                       fontsize=10, color="#30343b", loc="left")  # fmt: skip
+        axis.set_xlabel(f"{across.label} (more is better)")
+        axis.set_ylabel(f"{up.label} (less is better)")
+        axis.set_ylim(bottom=0)
+    return _png(figure)
+
+
+def _error_bars(estimates: Sequence[Mapping[str, Any]], factor: float) -> np.ndarray:
+    """Distances below and above each value, [2, points]; zero where an estimate has no interval."""
+    sides = [(e["value"] - e["low"], e["high"] - e["value"]) if e["low"] is not None else (0, 0) for e in estimates]
+    return factor * np.array(sides).T.clip(0)
+
+
 def smooth(values: Sequence[float], window: int = 5) -> np.ndarray:
     """Return the running mean of the last `window` values, shorter at the beginning."""
     sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))

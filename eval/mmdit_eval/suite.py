@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from mmdit import rng
 from mmdit.checkpoint import checkpoint_hash, find_checkpoint, weights_stem
@@ -31,6 +32,7 @@ from mmdit.encoders.vae import AutoencoderKL, load_run_vae, to_images, to_pixels
 from mmdit.pipeline import TextToImage, configure_cpu, save_image
 from mmdit.registry import lookup
 from mmdit_eval.comparison import compare, read_result, write_result
+from mmdit_eval.distribution import Share, draw_batches, forget
 from mmdit_eval.features import hash_tensors, load_extractor
 from mmdit_eval.metrics import METRICS, Drawn, Reference
 
@@ -66,6 +68,7 @@ def evaluate_run(
     references: Mapping[str, Reference] | None = None,
     out: str | Path | None = None,
     name: str | None = None,
+    share: Share | None = None,
     say: Say = print,
 ) -> dict[str, Any]:
     """Judge one checkpoint of a run; a result with the same stamp and weights that is already there is returned.
@@ -76,12 +79,14 @@ def evaluate_run(
         checkpoint: one checkpoint of it; None: its newest.
         num_images: per split, instead of `suite.num_images` (snapshots).
         references: of `load_references`, to share them between runs of equal data.
+        share: this process of several; each draws its batches, the first one judges, all return the result. Finished
+            batches stand in `<run_dir>/eval/.drawn` until the result is written, so an interrupted call goes on.
 
     Raises:
         FileNotFoundError, CheckpointError: no run, no whole checkpoint.
         ConfigError: a metric the run's data cannot serve.
     """
-    suite = suite or SuiteConfig()
+    suite, share = suite or SuiteConfig(), share or Share()
     path = Path(checkpoint) if checkpoint is not None else find_checkpoint(run_dir)
     run_dir = Path(out or run_dir)
     config = load_config(path / "config.yaml")
@@ -105,10 +110,13 @@ def evaluate_run(
     splits: dict[str, Any] = {}
     prefix: dict[str, Any] = {}
     samples = []
+    unfinished = run_dir / "eval" / ".drawn" / f"{file.stem}-{_digest(json.dumps([stamp, weights_hash]).encode())}"
     for split, reference in used.items():
         begun = time.perf_counter()
-        images = draw(pipeline, reference, suite)
+        images = _draw_shared(pipeline, reference, suite, unfinished / split, share)
         drawing += time.perf_counter() - begun
+        if images is None:  # the first process has them
+            continue
         begun = time.perf_counter()
         splits[split] = measure(Drawn(images, reference, suite, pipeline))
         if 0 < suite.snapshot_images < len(images):  # for curves: distances depend on N, so all their points share one
@@ -119,6 +127,8 @@ def evaluate_run(
             sample = Path("samples") / f"{suite.name}-{path.name}" / f"{split}-{i:03d}.png"
             save_image(images[i], run_dir / sample, {"prompt": reference.captions[i], "seed": suite.seed})
             samples.append(str(sample))
+    if not share.first:
+        return dict(share.broadcast(None))
     result: dict[str, Any] = {
         "suite": suite.name,
         "run": name or config.name,
@@ -139,6 +149,8 @@ def evaluate_run(
         "environment": environment(),
     }
     write_result(file, result)
+    forget(unfinished)
+    share.broadcast(result)
     say(f"{run_dir.name} at {int(path.name):,} images: {_in_one_line(splits)}  ({result['seconds']['total']:.0f} s)")
     return result
 
@@ -239,6 +251,19 @@ def _reference(dataset: Any, split: str, indices: np.ndarray, suite: SuiteConfig
         load_extractor(suite.extractor),
         suite.batch_size,
     )
+
+
+def _draw_shared(
+    pipeline: TextToImage, reference: Reference, suite: SuiteConfig, folder: Path, share: Share
+) -> np.ndarray | None:
+    """Draw this process's batches and bring all pictures to the first process; the others get None."""
+    count = len(reference.indices)
+    with tqdm(total=count, unit=" images", desc=f"drawing {reference.split}", disable=None, leave=False) as bar:
+        ids, images = draw_batches(
+            lambda rows: draw(pipeline, reference.part(rows), suite), count, suite.batch_size, folder, share, bar.update
+        )
+    gathered = share.gather(ids, [images], count)
+    return gathered[0] if gathered is not None else None
 
 
 def draw(pipeline: TextToImage, reference: Reference, suite: SuiteConfig) -> np.ndarray:

@@ -153,7 +153,7 @@ def test_raw_and_averaged_weights_are_told_apart(run):
 )
 def test_judging_with_other_settings_leaves_a_studys_results_alone(tmp_path, monkeypatch, words, name):
     judged = []
-    monkeypatch.setattr(suite, "evaluate_run", lambda run, suite, checkpoint: judged.append(suite.name))
+    monkeypatch.setattr(suite, "evaluate_run", lambda run, suite, *rest, **options: judged.append(suite.name))
     monkeypatch.setattr("mmdit_eval.report.print_result", lambda result: None)
     (tmp_path / "config.yaml").write_text("{}")
     command = ["evaluate.py", str(tmp_path), "--suite", str(ROOT / "configs/eval/quickstart.yaml"), *words]

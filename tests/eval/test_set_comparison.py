@@ -1,0 +1,137 @@
+"""Folders against folders by the command line: what is printed, stored, compared and refused."""
+
+import json
+
+import numpy as np
+import pytest
+from mmdit_eval.commands import main
+from mmdit_eval.comparison import compare
+from mmdit_eval.features import extract, load_extractor
+from mmdit_eval.frechet import frechet_distance
+from mmdit_eval.image_sets import from_array
+from mmdit_eval.kernel import kernel_distance
+from mmdit_eval.set_comparison import SetOptions, evaluate_images
+from PIL import Image
+
+from mmdit.config import ShapesConfig
+from mmdit.data import make_dataset
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Pictures and captions: true ones, and the same with noise."""
+    dataset = make_dataset(ShapesConfig(), "seen")
+    rows = np.arange(COUNT)
+    images = dataset.pixels(rows)
+    noise = np.random.default_rng(0).normal(0, 25, images.shape)
+    return images, (images + noise).clip(0, 255).astype(np.uint8), dataset.captions(rows)
+
+
+@pytest.fixture
+def folders(tmp_path, scenes, monkeypatch):
+    """Folders real and fake, and captions.txt; no cache outside."""
+    monkeypatch.setenv("MMDIT_EVAL_CACHE", str(tmp_path / "cache"))
+    for name, images in zip(("real", "fake"), scenes[:2], strict=True):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i:03d}.png")
+    (tmp_path / "captions.txt").write_text("\n".join(scenes[2]) + "\n")
+    return tmp_path
+
+
+def words(folder, *more, out="out.json", fake="fake"):
+    head = ["images", str(folder / fake), "--against", str(folder / "real"), "--extractor", "tiny_clip", "--quiet"]
+    return [*head, "--out", str(folder / out), *more]
+
+
+def test_a_folder_is_judged_against_a_folder(folders, scenes, capsys):
+    metrics = ["--metrics", "frechet", "kernel", "clip_score", "--captions", str(folders / "captions.txt")]
+    assert main(words(folders, *metrics)) == 0
+    result = json.loads((folders / "out.json").read_text())
+    scores = result["splits"]["images"]["scores"]
+    fake, real = (extract(load_extractor("tiny_clip"), images) for images in (scenes[1], scenes[0]))
+    assert scores["frechet"]["value"] == pytest.approx(frechet_distance(fake, real), rel=1e-5)
+    assert scores["kernel"]["value"] == pytest.approx(kernel_distance(fake, real), rel=1e-4)
+    assert len(result["splits"]["images"]["per_image"]["clip_score"]) == COUNT
+    assert result["stamp"]["protocol"]["extractor"]["precision"] == "fp32"
+    assert result["splits"]["images"]["details"]["long_captions"]["policy"] == "truncate"
+    printed = capsys.readouterr().out
+    assert "24 pictures of" in printed
+    assert "Fréchet" in printed
+    assert "bicubic, antialiased, float, to 64" in printed
+
+
+def test_two_sets_are_compared_picture_by_picture_and_unlike_ones_are_refused(folders, capsys):
+    metrics = ["--metrics", "frechet", "clip_score", "--captions", str(folders / "captions.txt")]
+    main(words(folders, *metrics, out="a.json", fake="real"))
+    main(words(folders, *metrics, out="b.json"))
+    assert main(["compare", str(folders / "a.json"), str(folders / "b.json"), "--out", str(folders / "d.json")]) == 0
+    difference = json.loads((folders / "d.json").read_text())["differences"]["images"]["clip_score"]
+    a, b = (json.loads((folders / f"{name}.json").read_text()) for name in "ab")
+    values = [side["splits"]["images"]["scores"]["clip_score"]["value"] for side in (a, b)]
+    assert difference["value"] == pytest.approx(values[0] - values[1], abs=1e-3)
+    assert difference["low"] < difference["value"] < difference["high"]
+    assert "a − b" in capsys.readouterr().out
+    main(words(folders, "--metrics", "frechet", "--sizes", "32", out="c.json"))
+    capsys.readouterr()
+    assert main(["compare", str(folders / "a.json"), str(folders / "c.json")]) == 2
+    refused = capsys.readouterr().err
+    assert "protocol.sizes: 'equal' and '32'" in refused
+    assert "protocol.captions" in refused
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--metrics", "frechett"], "did you mean 'frechet'"),
+        (["--metrics", "clip_score"], "clip_score needs captions"),
+        (["--extractor", "inceptionfid"], "did you mean 'inception_fid'"),
+        (["--sizes", "small"], "sizes must be 'equal', 'any' or a number"),
+        (["--captions", "nowhere.txt", "--metrics", "clip_score"], "no captions file nowhere.txt"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_exit_code_2(folders, capsys, more, message):
+    assert main(words(folders, *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (folders / "out.json").exists()
+
+
+def test_one_picture_and_an_extractor_without_text_are_refused(scenes):
+    one, many = from_array(scenes[0][:1], "one"), from_array(scenes[0], "many")
+    with pytest.raises(ValueError, match="one has 1 picture"):
+        evaluate_images(one, many, SetOptions("tiny_clip", progress=False))
+    options = SetOptions("pixel_statistics", metrics=("clip_score",), progress=False)
+    with pytest.raises(ValueError, match="'pixel_statistics' has no text tower"):
+        evaluate_images(many, many, options, captions=scenes[2])
+    with pytest.raises(ValueError, match="3 captions for 24 pictures"):
+        evaluate_images(many, many, options, captions=scenes[2][:3])
+
+
+def test_an_extractor_of_its_own_judges_clip_score(scenes):
+    options = SetOptions("pixel_statistics", clip="tiny_clip", metrics=("frechet", "clip_score"), progress=False)
+    found = evaluate_images(from_array(scenes[1]), from_array(scenes[0]), options, captions=scenes[2])
+    alone = SetOptions("tiny_clip", metrics=("clip_score",), progress=False)
+    other = evaluate_images(from_array(scenes[1]), from_array(scenes[0]), alone, captions=scenes[2])
+    scores = [result["splits"]["images"]["per_image"]["clip_score"] for result in (found, other)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    assert found["stamp"]["protocol"]["clip"]["name"] == "tiny_clip"
+    with pytest.raises(ValueError, match=r"protocol\.extractor\.name"):
+        compare(found, other)
+
+
+def test_sets_of_different_size_have_a_value(scenes):
+    options = SetOptions("pixel_statistics", metrics=("frechet", "kernel", "cmmd"), progress=False)
+    found = evaluate_images(from_array(scenes[1]), from_array(scenes[0][:10]), options)
+    assert all(np.isfinite(estimate["value"]) for estimate in found["splits"]["images"]["scores"].values())
+
+
+def test_a_result_that_is_not_there_is_explained(tmp_path, capsys):
+    assert main(["compare", str(tmp_path / "a.json"), str(tmp_path)]) == 2
+    assert "no result" in capsys.readouterr().err
+    (tmp_path / "a.json").write_text('{"splits": {}}')
+    assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 2
+    assert "is no result of scripts/evaluate.py" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "no run folder" in capsys.readouterr().err
