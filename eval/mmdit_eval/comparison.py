@@ -38,8 +38,9 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], varies: Sequenc
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], varies: Sequence[str] = ()) -> dict[str, dict[str, Estimate]]:
     """Return a - b for every score that is known image by image: {split: {score: difference with interval}}.
 
-    The prompts and the noise are the same, so pictures are paired. The interval speaks about these two trained
-    models; what another training seed would give it cannot know.
+    The prompts and the noise are the same, so pictures are paired; in a distance between sets by the influence that
+    each picture has on it. The interval speaks about these two trained models; what another training seed would give
+    it cannot know.
 
     Raises:
         ValueError: the stamps differ.
@@ -52,7 +53,23 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], varies: Sequence[str] = 
             pairs = [(x, y) for x, y in zip(left[name], right.get(name, []), strict=False) if None not in (x, y)]
             if pairs:
                 found.setdefault(split, {})[name] = paired_interval(*zip(*pairs, strict=True))
+        moved = [side["splits"][split].get("influence", {}) for side in (a, b)]
+        for name in moved[0].keys() & moved[1].keys():
+            values = [side["splits"][split]["scores"][name]["value"] for side in (a, b)]
+            found.setdefault(split, {})[name] = _difference_of_distances(values, [side[name] for side in moved])
     return found
+
+
+def _difference_of_distances(values: Sequence[float], influences: Sequence[Sequence[float]]) -> Estimate:
+    """Delta method for a difference of two distances from one reference, which stays as it is."""
+    import numpy as np
+
+    from mmdit_eval.set_intervals import influence_interval
+
+    difference = np.subtract(*(np.asarray(influence, dtype=np.float64) for influence in influences))
+    estimate = influence_interval(values[0] - values[1], difference, None, "fixed")
+    estimate["method"] = "paired " + estimate["method"]
+    return estimate
 
 
 def _at(tree: Any, dotted: str) -> Any:

@@ -10,6 +10,7 @@ huggingface/accelerate#575).
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -175,5 +176,7 @@ def _write(path: Path, pictures: np.ndarray) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Remove finished batches whose result is stored."""
+    """Remove finished batches whose result is stored, and the folder around them where nothing else is unfinished."""
     shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()

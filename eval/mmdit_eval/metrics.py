@@ -93,12 +93,14 @@ class Measured:
     Attributes:
         scores: {score: value with interval}.
         per_image: {score: one number an image, None where it does not apply}; pairs rows that share prompts.
+        influence: {distance: how much each image moves it}; pairs rows in a distance, which no image has by itself.
         chance: {score: what guessing gives}, where guessing is defined.
         details: anything else worth keeping, plain JSON types.
     """
 
     scores: dict[str, Estimate] = field(default_factory=dict)
     per_image: dict[str, list[float | None]] = field(default_factory=dict)
+    influence: dict[str, list[float]] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 

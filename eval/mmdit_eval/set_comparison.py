@@ -110,10 +110,17 @@ def evaluate_images(
         long_captions=options.long_captions,
         seed=options.seed,
     )
-    split: dict[str, Any] = {"num_images": len(judged), "scores": {}, "per_image": {}, "chance": {}, "details": {}}
+    split: dict[str, Any] = {
+        "num_images": len(judged),
+        "scores": {},
+        "per_image": {},
+        "influence": {},
+        "chance": {},
+        "details": {},
+    }
     for function in metrics.values():
         measured = function(pair)
-        for part in ("scores", "per_image", "chance", "details"):
+        for part in ("scores", "per_image", "influence", "chance", "details"):
             split[part].update(getattr(measured, part))
     result = {
         "kind": "images",

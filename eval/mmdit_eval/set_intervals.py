@@ -53,8 +53,15 @@ def frechet_interval(
             "the interval leaves out its own estimate (1.40 against [2.42, 2.74]); use method='delta'"
         )
     kind = _checked(a, b, reference)
-    value, of_a, of_b = frechet_influence(a, b)
-    return _estimate(value, _variance(of_a, of_b, kind), of_a, of_b, f"delta, at this N, reference {kind}", level)
+    return influence_interval(*frechet_influence(a, b), kind, level=level)
+
+
+def influence_interval(
+    value: float, of_a: FloatArray, of_b: FloatArray | None, reference: Reference, *, level: float = LEVEL
+) -> Estimate:
+    """Return a Fréchet distance with its interval from what `frechet_influence` gave."""
+    variance = _variance(of_a, of_b, reference)
+    return _estimate(value, variance, of_a, of_b, f"delta, at this N, reference {reference}", level)
 
 
 def frechet_infinity_interval(

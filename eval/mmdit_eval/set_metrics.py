@@ -14,10 +14,10 @@ import torch
 
 from mmdit_eval.clip_score import caption_embeds, clip_scores
 from mmdit_eval.features import Extractor, TextTower
-from mmdit_eval.frechet import FloatArray, frechet_distance
-from mmdit_eval.kernel import cmmd, kernel_distance
+from mmdit_eval.frechet import FloatArray, frechet_influence
 from mmdit_eval.metrics import Measured
-from mmdit_eval.statistics import Estimate, jackknife_interval, mean_interval
+from mmdit_eval.set_intervals import cmmd_interval, frechet_infinity_interval, influence_interval, kernel_interval
+from mmdit_eval.statistics import mean_interval
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,22 @@ class Pair:
         return np.asarray(kept)
 
 
-def _estimate(pair: Pair, function: Callable[[FloatArray, FloatArray], float]) -> Estimate:
-    fake, real = pair.fake, pair.rows()
-    if len(fake) != len(real):
-        value = function(fake, real)
-        return Estimate(value=value, low=None, high=None, n=len(fake), method="none (sets of different size)")
-    return jackknife_interval(lambda rows: function(fake[rows], real[rows]), len(fake))
-
-
 def _frechet(pair: Pair) -> Measured:
-    return Measured({"frechet": _estimate(pair, frechet_distance)})
+    value, of_fake, of_real = frechet_influence(pair.fake, pair.real)
+    estimate = influence_interval(value, of_fake, of_real, "fixed" if of_real is None else "drawn")
+    return Measured({"frechet": estimate}, influence={"frechet": [float(f"{v:.6g}") for v in of_fake]})
+
+
+def _frechet_infinity(pair: Pair) -> Measured:
+    return Measured({"frechet_infinity": frechet_infinity_interval(pair.fake, pair.real, seed=pair.seed)})
 
 
 def _kernel(pair: Pair) -> Measured:
-    return Measured({"kernel": _estimate(pair, kernel_distance)})
+    return Measured({"kernel": kernel_interval(pair.fake, pair.rows())})
 
 
 def _cmmd(pair: Pair) -> Measured:
-    return Measured({"cmmd": _estimate(pair, cmmd)})
+    return Measured({"cmmd": cmmd_interval(pair.fake, pair.rows())})
 
 
 def _clip_score(pair: Pair) -> Measured:
@@ -102,6 +100,7 @@ def score_captions(images: FloatArray, captions: Sequence[str], tower: TextTower
 
 SET_METRICS: dict[str, Callable[[Pair], Measured]] = {
     "frechet": _frechet,
+    "frechet_infinity": _frechet_infinity,
     "kernel": _kernel,
     "cmmd": _cmmd,
     "clip_score": _clip_score,

@@ -291,12 +291,13 @@ def measure(drawn: Drawn) -> dict[str, Any]:
         "num_images": len(drawn.images),
         "scores": {},
         "per_image": {},
+        "influence": {},
         "chance": {},
         "details": {},
     }
     for name in drawn.suite.metrics:
         measured = lookup(METRICS, name, "metric").function(drawn)
-        for part in ("scores", "per_image", "chance", "details"):
+        for part in ("scores", "per_image", "influence", "chance", "details"):
             found[part].update(getattr(measured, part))
     return found
 

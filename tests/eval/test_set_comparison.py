@@ -74,6 +74,10 @@ def test_two_sets_are_compared_picture_by_picture_and_unlike_ones_are_refused(fo
     assert difference["value"] == pytest.approx(values[0] - values[1], abs=1e-3)
     assert difference["low"] < difference["value"] < difference["high"]
     assert "a − b" in capsys.readouterr().out
+    distance = json.loads((folders / "d.json").read_text())["differences"]["images"]["frechet"]
+    values = [side["splits"]["images"]["scores"]["frechet"]["value"] for side in (a, b)]
+    assert distance["value"] == pytest.approx(values[0] - values[1])
+    assert distance["high"] - distance["value"] < 2 * (distance["value"] - distance["low"])  # it has one
     main(words(folders, "--metrics", "frechet", "--sizes", "32", out="c.json"))
     capsys.readouterr()
     assert main(["compare", str(folders / "a.json"), str(folders / "c.json")]) == 2
@@ -125,6 +129,30 @@ def test_sets_of_different_size_have_a_value(scenes):
     options = SetOptions("pixel_statistics", metrics=("frechet", "kernel", "cmmd"), progress=False)
     found = evaluate_images(from_array(scenes[1]), from_array(scenes[0][:10]), options)
     assert all(np.isfinite(estimate["value"]) for estimate in found["splits"]["images"]["scores"].values())
+
+
+def test_statistics_are_written_and_stand_in_for_the_pictures(folders, capsys):
+    real, fake, out = (str(folders / name) for name in ("real", "fake", "real.npz"))
+    shared = ["--extractor", "pixel_statistics", "--quiet", "--no-cache"]
+    assert main(["statistics", real, "--out", out, *shared]) == 0
+    assert "24 pictures by pixel_statistics" in capsys.readouterr().out
+    for reference, name in ((real, "a"), (out, "b")):
+        command = ["images", fake, "--against", reference, "--metrics", "frechet", *shared]
+        assert main([*command, "--out", str(folders / f"{name}.json")]) == 0
+    a, b = (json.loads((folders / f"{n}.json").read_text())["splits"]["images"]["scores"]["frechet"] for n in "ab")
+    assert b["value"] == pytest.approx(a["value"], rel=1e-9)
+    assert b["high"] is not None
+    capsys.readouterr()
+    tiny = ["images", fake, "--against", out, "--extractor", "tiny_clip", "--quiet", "--no-cache"]
+    assert main(tiny) == 2
+    assert "another extractor" in capsys.readouterr().err
+    assert main(["images", out, "--against", real, *shared]) == 2
+    assert "holds statistics (mu, sigma), not pictures" in capsys.readouterr().err
+    assert main(["statistics", real, "--out", str(folders / "s.txt"), *shared]) == 2
+    assert "must end with .npz" in capsys.readouterr().err
+    np.savez(folders / "few.npz", mu=np.zeros(51), sigma=np.eye(51))
+    assert main(["images", fake, "--against", str(folders / "few.npz"), "--metrics", "kernel", *shared]) == 2
+    assert "allow the Fréchet distance alone" in capsys.readouterr().err
 
 
 def test_a_result_that_is_not_there_is_explained(tmp_path, capsys):
