@@ -125,6 +125,14 @@ def cases() -> list[Case]:
     ):
         target = world.true_frechet()
         found.append(Case(f"frechet, true; {name}", world, lambda s: frechet_infinity_interval(s.a1, s.b), target))
+    found.append(
+        Case(
+            "frechet, true, paired; d 8",
+            small,
+            lambda s: frechet_infinity_interval(s.a1, s.true, reference="paired"),
+            small.true_frechet(),
+        )
+    )
     for name, world in (("d 8", small), ("N 300 and 500", uneven), ("skewed", heavy)):
         found.append(Case(f"kernel, drawn; {name}", world, lambda s: kernel_interval(s.a1, s.b)))
     found += [

@@ -37,7 +37,13 @@ class Extrapolation:
 
 
 def frechet_infinity(
-    a: Any, b: Any, *, splits: int = SPLITS, sizes: Sequence[int] | None = None, seed: int = 0
+    a: Any,
+    b: Any,
+    *,
+    splits: int = SPLITS,
+    sizes: Sequence[int] | None = None,
+    paired: bool = False,
+    seed: int = 0,
 ) -> Extrapolation:
     """Return the Fréchet distance extrapolated to infinitely many samples of whatever is given as features.
 
@@ -52,6 +58,7 @@ def frechet_infinity(
         a: features [N_a, d].
         b: features [N_b, d], or `Moments`, which cannot be cut: the bias of that set stays.
         splits: the largest number of parts, at least 2.
+        paired: row i of both sets belongs to one prompt, and pairs stay together in every part.
         sizes: of subsets of `a`, at least 2 of them different; b is kept whole, as in the paper.
 
     Raises:
@@ -69,6 +76,10 @@ def frechet_infinity(
         whole = [len(a)] if isinstance(reference, Moments) else [len(a), len(reference)]
         _check_size(min(whole) // splits, a.shape[1], f"a {splits}th of the smaller set")
         orders = [random.permutation(n) for n in whole]
+        if paired:
+            if len(set(whole)) > 1 or len(whole) < 2:
+                raise ValueError(f"pairs need features of equal number on both sides, got {whole}")
+            orders[1] = orders[0]
         points = [(len(a) // k, _split_distance(a, reference, orders, k)) for k in range(1, splits + 1)]
     if len({size for size, _ in points}) < 2:
         raise ValueError(f"a line needs two sizes at least, got {[size for size, _ in points]}")

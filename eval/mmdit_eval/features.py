@@ -25,7 +25,17 @@ from mmdit_eval.extractor_weights import KNOWN, find_weights, hash_tensors, hash
 from mmdit_eval.frechet import FloatArray
 from mmdit_eval.resizing import check_images, resize_clean, to_tensor
 
-__all__ = ["EXTRACTORS", "Extractor", "Options", "TextTower", "extract", "hash_tensors", "load_extractor", "tiny_clip"]
+__all__ = [
+    "EXTRACTORS",
+    "Extractor",
+    "Options",
+    "TextTower",
+    "extract",
+    "extract_logits",
+    "hash_tensors",
+    "load_extractor",
+    "tiny_clip",
+]
 
 Precision = Literal["fp32", "bf16"]
 
@@ -158,6 +168,19 @@ def extract(extractor: Extractor, images: np.ndarray, batch_size: int = 128) -> 
     for start in range(0, len(images), batch_size):
         features = extractor(images[start : start + batch_size])
         parts.append(features[:, : extractor.width].double().numpy())
+    return np.concatenate(parts)
+
+
+def extract_logits(extractor: Extractor, images: np.ndarray, batch_size: int = 128) -> FloatArray:
+    """Return the logits [N, classes] of images uint8 [N, R, R, 3].
+
+    Raises:
+        ValueError: images that are not uint8 [N, R, R, 3].
+    """
+    check_images(images)
+    parts = [np.empty((0, extractor.classes))]
+    for start in range(0, len(images), batch_size):
+        parts.append(extractor(images[start : start + batch_size])[:, extractor.width :].double().numpy())
     return np.concatenate(parts)
 
 

@@ -16,14 +16,17 @@ import torch
 
 from mmdit import rng
 from mmdit.config import EmojiConfig, SuiteConfig
+from mmdit.data import make_dataset
 from mmdit.diffusion.loss import equidistant_levels, loss_by_level
 from mmdit.encoders.vae import to_pixels
 from mmdit.pipeline import TextToImage
 from mmdit_eval.clip_score import clip_scores
-from mmdit_eval.features import Extractor, extract, hash_tensors, tiny_clip
-from mmdit_eval.frechet import FloatArray, frechet_distance
-from mmdit_eval.kernel import cmmd, kernel_distance
-from mmdit_eval.statistics import Estimate, jackknife_interval, mean_interval, wilson_interval
+from mmdit_eval.distance_metrics import DISTANCES
+from mmdit_eval.features import Extractor, extract, extract_logits, hash_tensors, tiny_clip
+from mmdit_eval.inception_scores import inception_score_interval
+from mmdit_eval.moments import FloatArray
+from mmdit_eval.neighbours import memorisation
+from mmdit_eval.statistics import Estimate, mean_interval, wilson_interval
 
 VALIDATION_LEVELS = 8  # equidistant t; the mean leaves out t = 1, as in arXiv:2403.03206v1, 5.3
 
@@ -107,11 +110,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Metric:
-    """A function, the kind of data it needs (None: any), and a hash of the network that judges, if there is one."""
+    """A function and what it needs.
+
+    Attributes:
+        data: the kind of data set (None: any).
+        judge: hash of the network that judges, if there is one.
+        logits: the extractor must be a classifier.
+    """
 
     function: Callable[[Drawn], Measured]
     data: str | None = None
     judge: Callable[[], str] | None = None
+    logits: bool = False
 
 
 def _composition(drawn: Drawn) -> Measured:
@@ -146,15 +156,50 @@ def _clip_hash() -> str:
     return f"{hash_tensors(clip.image.state_dict())}-{clip.text.fingerprint[:16]}"
 
 
-def _distance(name: str, function: Callable[[FloatArray, FloatArray], float]) -> Callable[[Drawn], Measured]:
-    """Turn a distance between sets into a metric; both sets lose the same rows in the jackknife."""
+def _distance(name: str) -> Callable[[Drawn], Measured]:
+    """Turn a distance between sets into a metric; pictures and true pictures are paired by their captions."""
 
     def metric(drawn: Drawn) -> Measured:
-        generated, true = drawn.features, drawn.reference.features
-        estimate = jackknife_interval(lambda rows: function(generated[rows], true[rows]), len(generated))
-        return Measured({name: estimate})
+        return Measured(DISTANCES[name](drawn.features, drawn.reference.features, "paired"))
 
     return metric
+
+
+def _inception_score(drawn: Drawn) -> Measured:
+    """Score the whole set as one part; nothing where the extractor is no classifier, which `check_suite` refuses."""
+    extractor = drawn.reference.extractor
+    if not extractor.classes:
+        return Measured()
+    logits = extract_logits(extractor, drawn.images, drawn.suite.batch_size)
+    return Measured({"inception_score": inception_score_interval(logits)})
+
+
+def _memorisation(drawn: Drawn) -> Measured:
+    """Compare distances to the training pictures with those of the split's true pictures, which no training saw."""
+    reference = drawn.reference
+    train = _training_features(reference.dataset.config, reference.extractor, drawn.suite.batch_size)
+    found = memorisation(drawn.features, train, reference.features, twins="allow")
+    closest = [
+        {"image": int(i), "training": int(found.nearest[i]), "distance": round(float(found.distances[i]), 6)}
+        for i in found.closest[:8]
+    ]
+    details = {"threshold": found.threshold, "twins": found.twins, "closest": closest}
+    return Measured(
+        {"copied": found.copied, "closer": found.closer},
+        chance={"copied": found.expected, "closer": 0.5},
+        details={"memorisation": details},
+    )
+
+
+@lru_cache(maxsize=1)
+def _training_features(config: Any, extractor: Extractor, batch_size: int) -> FloatArray:
+    """Features of every training picture, [T, d], made batch by batch and kept for the next split or run."""
+    dataset = make_dataset(config, "train")
+    parts = [
+        extract(extractor, dataset.pixels(np.arange(start, min(start + batch_size, len(dataset)))), batch_size)
+        for start in range(0, len(dataset), batch_size)
+    ]
+    return np.concatenate(parts)
 
 
 def _validation_loss(drawn: Drawn) -> Measured:
@@ -234,8 +279,8 @@ METRICS: dict[str, Metric] = {
     "composition": Metric(_composition, data="shapes"),
     "retrieval": Metric(_retrieval, data="emoji", judge=_emoji_judge_hash),
     "clip_score": Metric(_clip_score, judge=_clip_hash),
-    "frechet": Metric(_distance("frechet", frechet_distance)),
-    "kernel": Metric(_distance("kernel", kernel_distance)),
-    "cmmd": Metric(_distance("cmmd", cmmd)),
+    **{name: Metric(_distance(name)) for name in DISTANCES},
+    "inception_score": Metric(_inception_score, logits=True),
+    "memorisation": Metric(_memorisation),
     "validation_loss": Metric(_validation_loss),
 }

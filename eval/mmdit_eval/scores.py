@@ -36,8 +36,16 @@ SCORES: dict[str, Score] = {
     "same_gender": Score("right gender", +1, 100, 1, "%"),  # among the same base and tone
     "clip_score": Score("CLIP-score", +1, 1, 1),
     "frechet": Score("Fréchet", -1, 1, 3),
+    "frechet_infinity": Score("Fréchet, N → ∞", -1, 1, 3),
     "kernel": Score("kernel ×1000", -1, 1000, 2),
     "cmmd": Score("CMMD", -1, 1, 3),
+    "precision": Score("precision", +1, 100, 1, "%"),
+    "recall": Score("recall", +1, 100, 1, "%"),
+    "density": Score("density", +1, 1, 3),
+    "coverage": Score("coverage", +1, 100, 1, "%"),
+    "inception_score": Score("Inception score", +1, 1, 2),
+    "copied": Score("nearer to training than any new picture", -1, 100, 1, "%"),
+    "closer": Score("closer to training than a new picture", -1, 100, 1, "%"),
     "validation_loss": Score("validation loss", -1, 1, 3),
 }
 

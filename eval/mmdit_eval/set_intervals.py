@@ -77,7 +77,7 @@ def frechet_infinity_interval(
         ValueError: as `frechet_infinity`.
     """
     kind = _checked(a, b, reference)
-    found = frechet_infinity(a, b, splits=splits, seed=seed)
+    found = frechet_infinity(a, b, splits=splits, paired=kind == "paired", seed=seed)
     _, of_a, of_b = frechet_influence(a, b)
     return _estimate(
         found.value, _variance(of_a, of_b, kind), of_a, of_b, f"delta, extrapolated, reference {kind}", level

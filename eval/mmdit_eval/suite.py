@@ -50,9 +50,15 @@ def check_suite(suite: SuiteConfig, config: RunConfig) -> None:
     """
     for name in suite.metrics:
         try:
-            needed = lookup(METRICS, name, "metric").data
+            metric = lookup(METRICS, name, "metric")
         except ValueError as error:
             raise ConfigError(f"suite.metrics: {error}") from None
+        needed = metric.data
+        if metric.logits and not suite.extractor.startswith("inception"):
+            raise ConfigError(
+                f"suite.metrics: {name!r} needs the logits of a classifier, which suite.extractor {suite.extractor!r} "
+                "has not; take inception_fid or inception_clean, or leave it out"
+            )
         if needed is not None and needed != config.data.name:
             raise ConfigError(
                 f"suite.metrics: {name!r} needs data.name {needed!r}, the run has {config.data.name!r}; leave it out"

@@ -20,11 +20,11 @@ OF_SHAPES = [name for name, metric in METRICS.items() if metric.data in (None, "
 
 
 def images(count=COUNT):
-    return make_dataset(ShapesConfig(), "seen").pixels(np.arange(count))
+    return make_dataset(ShapesConfig(num_images=200), "seen").pixels(np.arange(count))
 
 
 def reference(extractor="pixel_statistics", count=COUNT, batch_size=128):
-    dataset = make_dataset(ShapesConfig(), "seen")
+    dataset = make_dataset(ShapesConfig(num_images=200), "seen")
     indices = np.arange(count)
     return Reference(
         "seen",

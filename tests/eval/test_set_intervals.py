@@ -140,6 +140,8 @@ def test_what_cannot_be_extrapolated_is_refused_in_words():
         frechet_infinity(a, a)
     with pytest.raises(ValueError, match="splits must be at least 2"):
         frechet_infinity(a, a, splits=1)
+    with pytest.raises(ValueError, match="pairs need features of equal number"):
+        frechet_infinity(a[:, :4], draw(90, 4), paired=True)
     with pytest.raises(ValueError, match="two sizes"):
         frechet_infinity(a, a, sizes=[50])
     with pytest.raises(ValueError, match="only 100"):

@@ -1,0 +1,96 @@
+"""Distances as a suite measures them: with intervals, with enough pictures, and refused where they mean nothing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from mmdit_eval import cmmd, frechet_distance, inception_score, kernel_distance
+from mmdit_eval.distance_metrics import DISTANCES
+from mmdit_eval.features import load_extractor
+from mmdit_eval.metrics import METRICS, Drawn, Reference
+from mmdit_eval.moments import Moments
+from mmdit_eval.scores import SCORES
+from mmdit_eval.suite import check_suite
+
+from mmdit.config import ConfigError, RunConfig, ShapesConfig, SuiteConfig, resolve
+from mmdit.data import make_dataset
+
+CONFIG = ShapesConfig(num_images=120)
+
+
+def draw(n, d, seed, shift=0.0):
+    return np.random.default_rng(seed).normal(size=(n, d)) + shift
+
+
+def drawn(pictures=None, extractor=None, count=30):
+    dataset, indices = make_dataset(CONFIG, "seen"), np.arange(count)
+    true = dataset.pixels(indices)
+    reference = Reference(
+        "seen", dataset, indices, dataset.captions(indices), true, extractor or load_extractor("pixel_statistics")
+    )
+    return Drawn(true if pictures is None else pictures, reference, SuiteConfig(extractor="pixel_statistics"))
+
+
+@pytest.mark.parametrize("reference", ["drawn", "paired"])
+def test_every_distance_gives_scores_that_are_shown_with_intervals(reference):
+    fake, real = draw(120, 6, 0, 0.5), draw(120, 6, 1)
+    found = {}
+    for function in DISTANCES.values():
+        found |= function(fake, real, reference)
+    assert set(found) == {
+        "frechet", "frechet_infinity", "kernel", "cmmd", "precision", "recall", "density", "coverage"
+    }  # fmt: skip
+    for name, estimate in found.items():
+        assert name in SCORES
+        assert estimate["low"] < estimate["value"] < estimate["high"]
+    for name, function in (("frechet", frechet_distance), ("kernel", kernel_distance), ("cmmd", cmmd)):
+        assert found[name]["value"] == pytest.approx(function(fake, real), rel=1e-10)
+    assert found["frechet_infinity"]["value"] < found["frechet"]["value"]
+
+
+def test_moments_serve_the_frechet_distances():
+    fake, real = draw(120, 6, 0, 0.5), draw(150, 6, 1)
+    found = DISTANCES["frechet"](fake, Moments.of(real), None)["frechet"]
+    assert found["value"] == pytest.approx(frechet_distance(fake, real), rel=1e-10)
+    assert "fixed" in found["method"]
+    assert DISTANCES["frechet_infinity"](fake, Moments.of(real), None)
+
+
+def test_too_few_pictures_cost_the_score_that_needs_more_and_say_how_many():
+    with pytest.warns(UserWarning, match="30 pictures are too few for 8 features, 36 are needed"):
+        assert DISTANCES["frechet_infinity"](draw(30, 8, 0), draw(40, 8, 1), None) == {}
+    with pytest.warns(UserWarning, match="more than 5 pictures"):
+        assert DISTANCES["precision_recall"](draw(5, 8, 0), draw(40, 8, 1), None) == {}
+
+
+def test_copies_of_training_pictures_are_found_in_a_suite():
+    pictures = drawn().images.copy()
+    honest = METRICS["memorisation"].function(drawn())
+    assert honest.scores["closer"]["value"] == pytest.approx(0.5, abs=1e-9)
+    pictures[::2] = make_dataset(CONFIG, "train").pixels(np.arange(40, 55))
+    found = METRICS["memorisation"].function(drawn(pictures))
+    assert found.scores["copied"]["value"] >= 0.5
+    assert found.chance["copied"] == (found.details["memorisation"]["twins"] + 1) / 31
+    closest = found.details["memorisation"]["closest"]
+    assert all(entry["distance"] == 0 and entry["image"] % 2 == 0 for entry in closest)
+    assert all(entry["training"] == 40 + entry["image"] // 2 for entry in closest)
+
+
+def test_the_inception_score_takes_the_logits_behind_the_features():
+    plain = load_extractor("pixel_statistics")
+    classifier = replace(
+        plain, classes=3, network=lambda features: torch.cat([features, 9 * features[:, [0, 20, 40]]], dim=1)
+    )
+    given = drawn(extractor=classifier)
+    found = METRICS["inception_score"].function(given).scores["inception_score"]
+    logits = 9 * given.features[:, [0, 20, 40]]
+    assert found["value"] == pytest.approx(inception_score(logits, 1).mean, rel=1e-5)
+    assert 1 < found["low"] < found["value"] < found["high"] < 3.5
+
+
+def test_an_inception_score_of_an_extractor_without_classes_is_refused_before_drawing():
+    run: RunConfig = resolve({})
+    with pytest.raises(ConfigError, match="needs the logits of a classifier"):
+        check_suite(SuiteConfig(metrics=("inception_score",)), run)
+    check_suite(SuiteConfig(metrics=("inception_score",), extractor="inception_fid@weights.pth"), run)
