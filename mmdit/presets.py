@@ -124,3 +124,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+
+
+def pooled_width(text: dict[str, int], pooled: str) -> int | None:
+    """Return G of text encoders (an entry of `ENCODER_WIDTHS`) under `encoders.pooled`; None: no pooled vector."""
+    widths = {"clip": text["pooled_dim"], "clip+t5": text["pooled_dim"] + text["context_dim"]}
+    return widths.get(pooled)

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdit.config import RunConfig
+from mmdit.config import EncodersConfig, RunConfig
 from mmdit.data import make_dataset
 from mmdit.denoiser import Conditioning, Streams
-from mmdit.encoders.text import TextEncoders, apply_padding, load_text_encoders
+from mmdit.encoders.axes import apply_padding
+from mmdit.encoders.text import TextEncoders, load_run_text
 from mmdit.encoders.vae import load_vae
 from mmdit.models import build_denoiser
 from mmdit.presets import VAE_WIDTHS
@@ -101,7 +102,7 @@ def text_shape(config: RunConfig) -> tuple[int, int, int | None, Streams | None]
 @lru_cache(maxsize=64)
 def _text_shape(config_json: str) -> tuple[int, int, int | None, Streams | None]:
     config = RunConfig.model_validate_json(config_json)
-    text = _text(config.encoders.text, config.encoders.t5_length)
+    text = _text(config.encoders)
     dataset = make_dataset(config.data, "val")
     captions = dataset.captions(range(min(_CAPTIONS, len(dataset))))
     padding = config.encoders.padding
@@ -111,8 +112,8 @@ def _text_shape(config_json: str) -> tuple[int, int, int | None, Streams | None]
 
 
 @lru_cache(maxsize=2)
-def _text(path: str, t5_length: int) -> TextEncoders:
-    return load_text_encoders(path, t5_length=t5_length)
+def _text(config: EncodersConfig) -> TextEncoders:
+    return load_run_text(config)
 
 
 @lru_cache(maxsize=2)

@@ -27,7 +27,7 @@ from mmdit.checkpoint import checkpoint_hash, find_checkpoint, weights_stem
 from mmdit.config import ConfigError, EncodersConfig, RunConfig, SuiteConfig, load_config, to_tree
 from mmdit.data import make_dataset
 from mmdit.diffusion import build_schedule
-from mmdit.encoders.text import TextEncoders, load_text_encoders
+from mmdit.encoders.text import TextEncoders, load_run_text
 from mmdit.encoders.vae import AutoencoderKL, load_run_vae, to_images, to_pixels
 from mmdit.pipeline import TextToImage, configure_cpu, save_image
 from mmdit.registry import lookup
@@ -228,7 +228,7 @@ def evaluate_ceiling(
 @lru_cache(maxsize=1)
 def _encoders(config: EncodersConfig) -> tuple[AutoencoderKL, TextEncoders]:
     """Load VAE and text encoders once for all checkpoints that share them."""
-    return load_run_vae(config), load_text_encoders(config.text, t5_length=config.t5_length)
+    return load_run_vae(config), load_run_text(config)
 
 
 def load_references(config: RunConfig, suite: SuiteConfig) -> dict[str, Reference]:

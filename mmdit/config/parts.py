@@ -110,6 +110,9 @@ class SamplingConfig(Config):
 # --- encoders ---------------------------------------------------------------------------------------------------
 
 
+EncoderName = Literal["clip_l", "clip_g", "t5"]
+
+
 class CaptionDropoutConfig(Config):
     """Probabilities in training. SD3: caption 0, each encoder 0.464: one in ten has no text (arXiv:2403.03206, B.3)."""
 
@@ -130,10 +133,21 @@ class EncodersConfig(Config):
     vae: str = "tiny"
     latent_shift: float | tuple[float, ...] | None = None  # None: the VAE's
     latent_scale: PositiveFloat | tuple[PositiveFloat, ...] | None = None
+    use: tuple[EncoderName, ...] | None = None  # None: all that are there; (): none, an unconditional run
     t5_length: PositiveInt = 77
     padding: Literal["attend", "mask", "trim"] = "trim"
+    pooled: Literal["clip", "clip+t5", "none"] = "clip"  # what modulates beside time; `mmdit.encoders.axes`
+    pooled_at: Literal["end", "mean"] = "end"  # where CLIP's pooled vector is taken
     null: Literal["zeros", "empty_caption"] = "zeros"
     dropout: CaptionDropoutConfig = CaptionDropoutConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> EncodersConfig:
+        if self.use is not None and len(set(self.use)) != len(self.use):
+            raise ValueError(f"use names an encoder twice: {list(self.use)}")
+        if self.pooled == "none" and self.pooled_at != "end":
+            raise ValueError("pooled_at says where the pooled vector is taken, but pooled is 'none'; leave it out")
+        return self
 
 
 class VAEConfig(Config):

@@ -13,7 +13,7 @@ from mmdit.config.errors import ConfigError, validate
 from mmdit.config.parts import Config
 from mmdit.config.run import RunConfig, SuiteConfig
 from mmdit.config.study import StudyConfig
-from mmdit.presets import ENCODER_WIDTHS, PRESETS, STREAM_WIDTHS, VAE_WIDTHS
+from mmdit.presets import ENCODER_WIDTHS, PRESETS, STREAM_WIDTHS, VAE_WIDTHS, pooled_width
 from mmdit.registry import nearest, unknown
 
 
@@ -187,10 +187,12 @@ def resolve(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
         vae = VAE_WIDTHS.get(str(encoders.get("vae", "tiny")))
         if text is not None:
             model.setdefault("context_dim", text["context_dim"])
-            model.setdefault("pooled_dim", text["pooled_dim"])
+            model.setdefault("pooled_dim", pooled_width(text, str(encoders.get("pooled", "clip"))))
             per_stream = ("injection", "decoupled"), ("text_projection", "per_encoder"), ("weight_sets", 3)
             if model.get("text_streams") is None and any(model.get(field) == value for field, value in per_stream):
                 model["text_streams"] = dict(STREAM_WIDTHS[str(encoders.get("text", "tiny"))])
+        elif encoders.get("pooled") == "none":
+            model.setdefault("pooled_dim", None)
         if vae is not None:
             model.setdefault("in_channels", vae["channels"])
             model.setdefault("out_channels", vae["channels"])

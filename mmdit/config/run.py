@@ -16,7 +16,7 @@ from mmdit.config.parts import (
     ShapesConfig,
     TrainConfig,
 )
-from mmdit.presets import ENCODER_WIDTHS, STREAM_WIDTHS, VAE_WIDTHS
+from mmdit.presets import ENCODER_WIDTHS, STREAM_WIDTHS, VAE_WIDTHS, pooled_width
 
 
 class RunConfig(Config):
@@ -68,9 +68,16 @@ class RunConfig(Config):
                 f"model.context_dim is {model.context_dim}, the text encoders {encoders.text!r} give "
                 f"{text['context_dim']}; leave it out to take theirs"
             )
-        if text is not None and model.pooled_dim not in (None, text["pooled_dim"]):
+        if encoders.pooled == "none" and model.pooled_dim is not None:
             raise ValueError(
-                f"model.pooled_dim is {model.pooled_dim}, the text encoders {encoders.text!r} give {text['pooled_dim']}"
+                f"model.pooled_dim is {model.pooled_dim}, but encoders.pooled 'none' gives the denoiser no pooled "
+                f"vector; set model.pooled_dim: null, or leave it out"
+            )
+        if text is not None and model.pooled_dim not in (None, pooled_width(text, encoders.pooled)):
+            raise ValueError(
+                f"model.pooled_dim is {model.pooled_dim}, the text encoders {encoders.text!r} give "
+                f"{pooled_width(text, encoders.pooled)} with encoders.pooled {encoders.pooled!r}; leave it out to take "
+                f"theirs"
             )
         streams, given = STREAM_WIDTHS.get(encoders.text), dict(model.text_streams or ())
         if streams is not None and reads_streams(model) and given != streams:

@@ -8,8 +8,10 @@ image (the mean of the VAE's posterior, fp16) and the text states of each *disti
 in padded arrays with lengths; with padding `attend` all tokens, because there they are read). Both paths round to fp16,
 so whether a run caches does not change what it learns from. Caption dropout is not in here: it is drawn per step.
 
-A cache is a folder named by the fingerprint of everything that decides its content; rows of a study share it. It is
-built under a lock in a temporary folder and renamed, so a second process waits and then reads.
+Latents and each encoder's states are caches of their own, folders named by the fingerprint of everything that decides
+their content: a run with another T5 length encodes T5 anew and nothing else, and a run that uses fewer encoders, or
+pools otherwise, encodes nothing. Rows of a study share them. A folder is built under a lock in a temporary one and
+renamed, so a second process waits and then reads.
 """
 
 from __future__ import annotations
@@ -18,54 +20,47 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from mmdit.config import EncodersConfig
 from mmdit.denoiser import Conditioning
-from mmdit.encoders.text import TextEncoders, apply_padding, clip_lengths, resize_streams, t5_lengths
+from mmdit.encoders.axes import Encoded, Padding, TextLayout, join
+from mmdit.encoders.text import TextEncoders
 from mmdit.encoders.vae import AutoencoderKL, to_pixels
 
-_FORMAT = 1
+_FORMAT = 2
 _IMAGES = 64  # encoded at once: the VAE's activations then stay in the CPU's cache, 1.5 times the speed of 256
 _CAPTIONS = 4096
 
 
-class Stream(NamedTuple):
-    """One encoder stream of all distinct captions: states fp16 [captions, longest, width]; lengths int64 [captions]."""
-
-    name: str
-    states: np.ndarray
-    lengths: np.ndarray
+Arrays = dict[str, np.ndarray]
+Allocate = Callable[[str, tuple[int, ...], Any], np.ndarray]
 
 
 class CachedLatents:
     """Batches by index out of arrays, in memory or memory-mapped.
 
     Args:
-        arrays: as `precompute` writes them: latents fp16 [n, C, H, W], caption_ids [n], pooled, and per stream
-            `<name>.states` and `<name>.lengths`.
-        padding: the run's policy, applied in `batch`.
-        context_dim: E; narrower streams are zero-padded to it.
-        full_lengths: tokens of each untrimmed stream, by name, in order.
+        images: latents fp16 [n, C, H, W] and caption_ids int64 [n].
+        texts: by encoder, of all distinct captions: states fp16 [captions, longest, width], real int64 [captions],
+            end (CLIP) and mean fp16 [captions, G].
+        layout: how the encoders are joined.
+        padding: the run's policy.
     """
 
-    def __init__(
-        self, arrays: dict[str, np.ndarray], padding: str, context_dim: int, full_lengths: dict[str, int]
-    ) -> None:
-        self.latents, self.caption_ids = arrays["latents"], arrays["caption_ids"]
-        self.pooled = arrays.get("pooled")
-        self.streams = [Stream(n, arrays[f"{n}.states"], arrays[f"{n}.lengths"]) for n in full_lengths]
-        self.padding, self.context_dim, self.full_lengths = padding, context_dim, full_lengths
+    def __init__(self, images: Arrays, texts: Mapping[str, Arrays], layout: TextLayout, padding: Padding) -> None:
+        self.latents, self.caption_ids = images["latents"], images["caption_ids"]
+        self.texts, self.layout, self.padding = dict(texts), layout, padding
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -78,22 +73,19 @@ class CachedLatents:
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Conditioning]:
         """Return latents float32 [B, C, H, W] and the Conditioning of their captions, the padding policy applied."""
         indices = np.asarray(indices)
-        latents = _widened(self.latents[indices])
         captions = np.asarray(self.caption_ids[indices])
-        contexts, masks, layout, place = [], [], [], 0
-        for name, states, lengths in self.streams:
-            real = np.asarray(lengths[captions])
-            longest = int(real.max())
-            part = _widened(states[captions, :longest])  # [B, longest, width]
-            contexts.append(F.pad(part, (0, self.context_dim - part.shape[2])))
-            masks.append(torch.from_numpy(np.arange(longest)[None] < real[:, None]))
-            layout.append((name, place, place + longest, part.shape[2]))
-            place += longest
-        pooled = None if self.pooled is None else _widened(self.pooled[captions])
-        conditioning = Conditioning(torch.cat(contexts, dim=1), pooled, torch.cat(masks, dim=1), tuple(layout))
-        if self.padding == "mask":
-            conditioning = resize_streams(conditioning, list(self.full_lengths.values()))
-        return latents, apply_padding(conditioning, self.padding)  # type: ignore[arg-type]
+        parts = {name: self._encoded(arrays, captions) for name, arrays in self.texts.items()}
+        return _widened(self.latents[indices]), join(self.layout, parts, self.padding, len(indices))
+
+    def _encoded(self, arrays: Arrays, captions: np.ndarray) -> Encoded:
+        real = np.asarray(arrays["real"][captions])
+        longest = arrays["states"].shape[1] if self.padding == "attend" else int(real.max())
+        return Encoded(
+            _widened(arrays["states"][captions, :longest]),  # [B, longest, width]
+            torch.from_numpy(real),
+            _widened(arrays["end"][captions]) if "end" in arrays else None,
+            _widened(arrays["mean"][captions]),
+        )
 
 
 def _widened(half: np.ndarray) -> Tensor:
@@ -170,40 +162,76 @@ def precompute(
     if text.t5_length != encoders.t5_length:
         raise ValueError(f"the text encoders have t5_length {text.t5_length}, the config says {encoders.t5_length}")
     count = min(count or len(dataset), len(dataset))
-    key = {
-        "format": _FORMAT,
-        "data": dataset.fingerprint,
-        "count": count,
-        "vae": vae_fingerprint(vae),
-        "text": text.fingerprint,
-        "padding": "attend" if encoders.padding == "attend" else "real tokens",  # mask and trim store the same
-        "t5_length": encoders.t5_length,
-        "precision": precision,
-    }
-    full = {name: stop - start for name, start, stop, _ in text.streams}
-    if cache_dir is None:
-        arrays = _encode(dataset, vae, text, encoders, count, precision, None, progress, label)
-        return CachedLatents(arrays, encoders.padding, text.context_dim, full)
-    folder = Path(cache_dir) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    data = {"format": _FORMAT, "data": dataset.fingerprint, "count": count}
+
+    def kept(key: dict[str, Any], encode: Callable[[Allocate], None]) -> Arrays:
+        return _in_memory(encode) if cache_dir is None else _on_disk(Path(cache_dir), data | key, encode)
+
+    images = kept(
+        {"vae": vae_fingerprint(vae), "precision": precision},
+        lambda allocate: _encode_images(dataset, vae, count, precision, allocate, progress, label),
+    )
+    attend = encoders.padding == "attend"
+
+    @cache
+    def tokens() -> dict[str, Tensor]:
+        return text.tokenize(_distinct(dataset, images["caption_ids"]))
+
+    texts = {}
+    for name in text.towers:
+        key = {
+            "encoder": name,
+            "weights": text.fingerprint_of(name),
+            "padding": "attend" if attend else "real tokens",  # mask and trim store the same
+            "length": encoders.t5_length if name == "t5" else None,
+        }
+        texts[name] = kept(key, lambda allocate, name=name: _encode_texts(text, name, tokens()[name], attend, allocate))  # type: ignore[misc]
+    return CachedLatents(images, texts, text.layout, encoders.padding)
+
+
+def _in_memory(encode: Callable[[Allocate], None]) -> Arrays:
+    arrays: Arrays = {}
+
+    def allocate(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        arrays[name] = np.zeros(shape, dtype)
+        return arrays[name]
+
+    encode(allocate)
+    return arrays
+
+
+def _on_disk(cache_dir: Path, key: dict[str, Any], encode: Callable[[Allocate], None]) -> Arrays:
+    """Open the folder of this key, built before where it is not there or not whole."""
+    folder = cache_dir / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    cache_dir.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if not _is_whole(folder, key):
-            for stale in folder.parent.glob(f".tmp-{folder.name}-*"):  # of a killed process: we hold the lock
+            for stale in cache_dir.glob(f".tmp-{folder.name}-*"):  # of a killed process: we hold the lock
                 shutil.rmtree(stale, ignore_errors=True)
             temporary = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex[:8]}")
             temporary.mkdir()
             try:
-                arrays = _encode(dataset, vae, text, encoders, count, precision, temporary, progress, label)
-                for array in arrays.values():
-                    array.flush()  # type: ignore[attr-defined]
-                sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
-                (temporary / "cache.json").write_text(json.dumps({"key": key, "sizes": sizes}, indent=1))
+                _build(temporary, key, encode)
                 shutil.rmtree(folder, ignore_errors=True)
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-    stored = {p.stem: np.load(p, mmap_mode="r") for p in sorted(folder.glob("*.npy"))}
-    return CachedLatents(stored, encoders.padding, text.context_dim, full)
+    return {p.stem: np.load(p, mmap_mode="r") for p in sorted(folder.glob("*.npy"))}
+
+
+def _build(folder: Path, key: dict[str, Any], encode: Callable[[Allocate], None]) -> None:
+    """Fill memory-mapped arrays of a folder, and record what they are."""
+    opened: list[Any] = []
+
+    def allocate(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        opened.append(np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape))
+        return opened[-1]
+
+    encode(allocate)
+    for array in opened:
+        array.flush()
+    sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
+    (folder / "cache.json").write_text(json.dumps({"key": key, "sizes": sizes}, indent=1))
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:
@@ -237,27 +265,14 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _encode(
-    dataset: Any,
-    vae: AutoencoderKL,
-    text: TextEncoders,
-    encoders: EncodersConfig,
-    count: int,
-    precision: str,
-    folder: Path | None,
-    progress: bool,
-    label: str,
-) -> dict[str, np.ndarray]:
-    """Fill the arrays of a cache, in memory or in files of `folder`."""
-
-    def allocate(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        if folder is None:
-            return np.zeros(shape, dtype)
-        return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-
-    arrays: dict[str, np.ndarray] = {}
+def _encode_images(
+    dataset: Any, vae: AutoencoderKL, count: int, precision: str, allocate: Allocate, progress: bool, label: str
+) -> None:
+    """Fill `latents`, and `caption_ids`: captions numbered in the order in which they first appear."""
+    latents: np.ndarray | None = None
+    numbers: dict[str, int] = {}
+    ids: list[int] = []
     chunks = [np.arange(start, min(start + _IMAGES, count)) for start in range(0, count, _IMAGES)]
-    captions: list[str] = []
     # drawing or decoding pictures is Python and Pillow, the VAE is compiled code: they overlap in two threads
     with ThreadPoolExecutor(1) as pool, tqdm(total=count, desc=label, unit=" images", disable=not progress) as bar:
         following = pool.submit(dataset.pixels, chunks[0])
@@ -265,42 +280,38 @@ def _encode(
             images = following.result()
             if i + 1 < len(chunks):
                 following = pool.submit(dataset.pixels, chunks[i + 1])
-            latents = encode_images(vae, images, precision).numpy()
-            if "latents" not in arrays:
-                arrays["latents"] = allocate("latents", (count, *latents.shape[1:]), np.float16)
-            arrays["latents"][rows] = latents
-            captions += dataset.captions(rows)
+            encoded = encode_images(vae, images, precision).numpy()
+            if latents is None:
+                latents = allocate("latents", (count, *encoded.shape[1:]), np.float16)
+            latents[rows] = encoded
+            ids += [numbers.setdefault(caption, len(numbers)) for caption in dataset.captions(rows)]
             bar.update(len(rows))
-
-    numbers: dict[str, int] = {}
-    ids = [numbers.setdefault(caption, len(numbers)) for caption in captions]
-    arrays["caption_ids"] = allocate("caption_ids", (count,), np.int64)
-    arrays["caption_ids"][:] = ids
-    _encode_captions(list(numbers), text, encoders.padding, allocate, arrays)
-    return arrays
+    allocate("caption_ids", (count,), np.int64)[:] = ids
 
 
-def _encode_captions(captions: list[str], text: TextEncoders, padding: str, allocate: Any, arrays: Any) -> None:
-    """Encode distinct captions in chunks of like length, so that a chunk's own trimming cuts most of its padding."""
-    tokens = text.tokenize(captions)
-    attend = padding == "attend"
-    clip = [clip_lengths(tokens[name]) for name in ("clip_l", "clip_g") if name in tokens]
-    lengths = {
-        "clip": torch.stack(clip).amax(0) if clip else torch.ones(len(captions), dtype=torch.long),
-        "t5": t5_lengths(tokens["t5"]) if "t5" in tokens else torch.ones(len(captions), dtype=torch.long),
-    }
-    for name, start, stop, width in text.streams:
-        real = torch.full_like(lengths[name], stop - start) if attend else lengths[name].clamp(min=1)
-        arrays[f"{name}.lengths"] = allocate(f"{name}.lengths", (len(captions),), np.int64)
-        arrays[f"{name}.lengths"][:] = real.numpy()
-        shape = (len(captions), int(real.max()), width)
-        arrays[f"{name}.states"] = allocate(f"{name}.states", shape, np.float16)
-    if text.pooled_dim:
-        arrays["pooled"] = allocate("pooled", (len(captions), text.pooled_dim), np.float16)
-    for chunk in torch.argsort(lengths["t5"], stable=True).split(_CAPTIONS):
+def _distinct(dataset: Any, caption_ids: np.ndarray) -> list[str]:
+    """Return the distinct captions in the order of their numbers."""
+    _, first_places = np.unique(np.asarray(caption_ids), return_index=True)
+    captions: list[str] = dataset.captions(first_places)
+    return captions
+
+
+def _encode_texts(text: TextEncoders, name: str, ids: Tensor, attend: bool, allocate: Allocate) -> None:
+    """Run one encoder over distinct captions, in chunks of like length: a chunk's own trimming cuts most padding."""
+    real = text.real_lengths(name, ids)
+    allocate("real", (len(ids),), np.int64)[:] = real.numpy()
+    arrays: Arrays = {}
+    for chunk in torch.argsort(real, stable=True).split(_CAPTIONS):
         rows = chunk.sort().values.numpy()
-        encoded = text.encode_ids({n: i[rows] for n, i in tokens.items()}, "attend" if attend else "trim").to("cpu")
-        for name, start, stop, width in encoded.streams or ():
-            arrays[f"{name}.states"][rows, : stop - start] = encoded.context[:, start:stop, :width].half().numpy()
-        if encoded.pooled is not None:
-            arrays["pooled"][rows] = encoded.pooled.half().numpy()
+        encoded = text.run_encoder(name, ids[rows], "attend" if attend else "mask")
+        if not arrays:
+            longest = ids.shape[1] if attend else max(1, int(real.max()))
+            arrays["states"] = allocate("states", (len(ids), longest, encoded.states.shape[2]), np.float16)
+            for field in ("end", "mean"):
+                vectors = getattr(encoded, field)
+                if vectors is not None:
+                    arrays[field] = allocate(field, (len(ids), vectors.shape[1]), np.float16)
+        arrays["states"][rows, : encoded.states.shape[1]] = encoded.states.half().cpu().numpy()
+        for field in ("end", "mean"):
+            if field in arrays:
+                arrays[field][rows] = getattr(encoded, field).half().cpu().numpy()

@@ -18,14 +18,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmdit.config import CaptionDropoutConfig
+from mmdit.config import EncodersConfig
 from mmdit.denoiser import Conditioning, Streams
+from mmdit.encoders.axes import (
+    Encoded,
+    Null,
+    Padding,
+    Pooled,
+    PooledAt,
+    TextLayout,
+    first,
+    join,
+    pooled_encoders,
+    zeros,
+)
+from mmdit.encoders.axes import apply_padding as apply_padding
+from mmdit.encoders.axes import drop_captions as drop_captions
+from mmdit.encoders.axes import resize_streams as resize_streams
 from mmdit.encoders.families import CLIPS, FAMILIES, NUM_SIZES, SIZE_WIDTH, embed_sizes
 from mmdit.encoders.released import load_released
 from mmdit.encoders.tokenizers import (
@@ -38,11 +52,9 @@ from mmdit.encoders.tokenizers import (
     T5Tokenizer,
     pad,
 )
-from mmdit.encoders.towers import States, Tower, load_tiny, pooled_width, tower_states
+from mmdit.encoders.towers import States, Tower, load_tiny, mean_state, pooled_width, projected, run_tower
 from mmdit.registry import lookup
 
-Padding = Literal["attend", "mask", "trim"]
-Null = Literal["zeros", "empty_caption"]
 CLIP_PAD = {"clip_l": CLIP_END, "clip_g": 0}  # sd3-ref pads the second tower with id 0
 T5_HINT = (
     ". T5 reads google/t5-v1_1-xxl's spiece.model or tokenizer.json (a release's folder tokenizer_3): put it beside "
@@ -63,9 +75,11 @@ class TextEncoders:
         family: whose rules join the states, a name in `FAMILIES`.
         absent: {name: (width, pooled width)} of CLIP towers that are left out but whose features stay, as zeros; one
             that is in neither has no features at all.
+        pooled, pooled_at: what stands in the pooled vector, and where CLIP's is taken; see `encoders.axes`.
 
     Raises:
-        ValueError: a tower the family does not have, or widths that do not fit into `context_dim`.
+        ValueError: a tower the family does not have, widths that do not fit into `context_dim`, a `pooled` that the
+            family cannot give.
     """
 
     def __init__(
@@ -78,6 +92,8 @@ class TextEncoders:
         padding: Padding = "mask",
         family: str = "sd3",
         absent: Mapping[str, tuple[int, int]] | None = None,
+        pooled: Pooled = "clip",
+        pooled_at: PooledAt = "end",
     ) -> None:
         if t5_length < 1:
             raise ValueError(f"t5_length must be at least 1 token, got {t5_length}")
@@ -91,6 +107,10 @@ class TextEncoders:
         self._clip_width = sum(self._width(name) for name in CLIPS)
         if self._clip_width > context_dim:
             raise ValueError(f"CLIP states of width {self._clip_width} do not fit into context_dim {context_dim}")
+        self.pooled, self.pooled_at = pooled, pooled_at
+        self._pooled_encoders = pooled_encoders(pooled, self.rules.pooled, "t5" in self.rules.encoders)
+        if pooled == "none" and self.rules.sizes:
+            raise ValueError(f"encoders.pooled 'none' would drop the sizes that {family} is told in its pooled vector")
         for tower in self.towers.values():
             tower.module.eval().requires_grad_(False)
         self._fingerprint: str | None = None
@@ -99,6 +119,8 @@ class TextEncoders:
         return self.towers[name].width if name in self.towers else self._absent.get(name, (0, 0))[0]
 
     def _pooled_width(self, name: str) -> int:
+        if name == "t5":
+            return self.context_dim
         if name in self.towers:
             return pooled_width(self.towers[name].module)
         return self._absent.get(name, (0, 0))[1]
@@ -109,26 +131,62 @@ class TextEncoders:
         return next((tower.state_mean.device for tower in self.towers.values()), torch.device("cpu"))
 
     @property
+    def layout(self) -> TextLayout:
+        """How this family's encoders are joined, absent ones included."""
+        has_t5 = "t5" in self.rules.encoders
+        return TextLayout(
+            clip=tuple((name, self._width(name)) for name in CLIPS),
+            t5=has_t5,
+            pooled=tuple((name, self._pooled_width(name)) for name in self._pooled_encoders),
+            pooled_at=self.pooled_at,
+            context_dim=self.context_dim,
+            lengths=(CLIP_LENGTH, self.t5_length) if has_t5 else (CLIP_LENGTH,),
+        )
+
+    @property
     def clip_l_width(self) -> int:
-        """Where CLIP-L ends and CLIP-G begins, in the features of the CLIP stream and of `pooled`."""
-        return self._width("clip_l")
+        """Where CLIP-L ends and CLIP-G begins, in the features of the CLIP stream."""
+        return self.layout.clip_l_width
 
     @property
     def pooled_dim(self) -> int:
-        """G; 0 where the family has no pooled vector."""
-        sizes = NUM_SIZES * SIZE_WIDTH if self.rules.sizes else 0
-        return sum(self._pooled_width(name) for name in self.rules.pooled) + sizes
+        """G; 0 where there is no pooled vector."""
+        return self.layout.pooled_dim + (NUM_SIZES * SIZE_WIDTH if self.rules.sizes else 0)
 
     @property
     def streams(self) -> Streams:
         """Where each stream lies in an untrimmed context: (name, start, stop, width)."""
-        return self._streams([CLIP_LENGTH, self.t5_length])
+        return self.layout.streams()
 
-    def _streams(self, lengths: Sequence[int]) -> Streams:
-        clip = ("clip", 0, lengths[0], self._clip_width)
-        if "t5" not in self.rules.encoders:
-            return (clip,)
-        return (clip, ("t5", lengths[0], lengths[0] + lengths[1], self.context_dim))
+    def under(
+        self, use: Sequence[str] | None = None, pooled: Pooled = "clip", pooled_at: PooledAt = "end"
+    ) -> TextEncoders:
+        """Return these encoders under other axes, see `encoders.axes`; towers are shared.
+
+        Args:
+            use: who speaks; the others leave zeros of the same shapes. None: all that are here.
+
+        Raises:
+            ValueError: a name that is not here, or a `pooled` that the family cannot give.
+        """
+        use = list(self.towers) if use is None else use
+        missing = [name for name in use if name not in self.towers]
+        if missing:
+            raise ValueError(
+                f"encoders.use names {', '.join(missing)}, but there are only {', '.join(self.towers) or 'none'} here"
+            )
+        widths = {name: (self._width(name), self._pooled_width(name)) for name in CLIPS}
+        return TextEncoders(
+            {name: tower for name, tower in self.towers.items() if name in use},
+            {name: tokenizer for name, tokenizer in self.tokenizers.items() if name in use},
+            context_dim=self.context_dim,
+            t5_length=self.t5_length,
+            padding=self.padding,
+            family=self.family,
+            absent={name: pair for name, pair in widths.items() if pair != (0, 0)},
+            pooled=pooled,
+            pooled_at=pooled_at,
+        )
 
     def to(self, device: torch.device | str) -> TextEncoders:
         """Move the encoders; conditionings are then made there."""
@@ -207,63 +265,22 @@ class TextEncoders:
             raise ValueError(f"encode_ids got no ids; expected {', '.join(self.towers) or 'at least one row'}")
         return self._with_sizes(self._encode_ids(ids, padding, next(iter(ids.values())).shape[0]), sizes)
 
-    @torch.no_grad()
     def _encode_ids(self, ids: Mapping[str, Tensor], padding: Padding | None, batch: int) -> Conditioning:
         padding = padding or self.padding
         self._check_ids(ids)
-        keep = padding == "attend"
-        clip, clip_real, pooled = self._clip_stream(ids, batch, keep)
-        parts, reals = [clip], [clip_real]
-        if "t5" in self.rules.encoders:
-            states, real = self._t5_stream(ids, batch, keep)
-            parts, reals = [clip, states], [clip_real, real]
-        reals = [real.clamp(min=1) for real in reals]  # a missing encoder keeps one null token
+        parts = {name: self.run_encoder(name, ids[name], padding) for name in self.towers}
         lengths = [CLIP_LENGTH, ids["t5"].shape[1] if "t5" in self.towers else self.t5_length]
-        if padding == "trim":
-            lengths = [int(real.max()) for real in reals]
-        context = torch.cat([_lengthen(part, n) for part, n in zip(parts, lengths, strict=False)], dim=1)
-        mask = None
-        if padding != "attend":
-            mask = torch.cat([_first(real, n) for real, n in zip(reals, lengths, strict=False)], dim=1).to(self.device)
-        return Conditioning(context, pooled, mask, self._streams(lengths))
+        return join(self.layout, parts, padding, batch, lengths=lengths, device=self.device)
 
-    def _clip_stream(self, ids: Mapping[str, Tensor], batch: int, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return CLIP's states [B, l, E], their counts of real tokens [B] and the pooled vectors [B, G]."""
-        states, vectors, reals = {}, {}, [torch.zeros(batch, dtype=torch.long)]
-        for name in CLIPS:
-            if name in self.towers:
-                reals.append(clip_lengths(ids[name]))
-                states[name], vectors[name] = _run(
-                    self.towers[name], ids[name].to(self.device), reals[-1].to(self.device), keep, self.rules.states
-                )
-        length = max([part.shape[1] for part in states.values()], default=CLIP_LENGTH)
-        features = [
-            _lengthen(states[name], length)
-            if name in states
-            else torch.zeros(batch, length, self._width(name), device=self.device)
-            for name in CLIPS
-        ]
-        joined = torch.cat(features, dim=2)  # [B, l, clip_width]
-        pooled = [
-            vectors[name] if name in vectors else torch.zeros(batch, self._pooled_width(name), device=self.device)
-            for name in self.rules.pooled
-        ]
-        vector = torch.cat(pooled, dim=1) if pooled else None
-        real = torch.stack(reals).amax(dim=0)
-        return (
-            F.pad(joined, (0, self.context_dim - joined.shape[2])),  # [B, l, E]
-            real,
-            vector if vector is not None and vector.shape[1] else None,
-        )
+    @torch.no_grad()
+    def run_encoder(self, name: str, ids: Tensor, padding: Padding) -> Encoded:
+        """Run one encoder on its ids int64 [B, L]; `mask` and `trim` give the same, see the module's text."""
+        real = self.real_lengths(name, ids)
+        return _run(self.towers[name], ids.to(self.device), real, padding == "attend", self.rules.states)
 
-    def _t5_stream(self, ids: Mapping[str, Tensor], batch: int, keep: bool) -> tuple[Tensor, Tensor]:
-        """Return T5's states [B, l, E] and their counts of real tokens [B]; zeros where there is no T5."""
-        if "t5" not in self.towers:
-            zeros = torch.zeros(batch, self.t5_length, self.context_dim, device=self.device)
-            return zeros, torch.zeros(batch, dtype=torch.long)
-        real = t5_lengths(ids["t5"])
-        states, _ = _run(self.towers["t5"], ids["t5"].to(self.device), real.to(self.device), keep)
-        return states, real
+    def real_lengths(self, name: str, ids: Tensor) -> Tensor:
+        """Count the real tokens of an encoder's ids [B, L]: int64 [B], on the CPU."""
+        return (t5_lengths if name == "t5" else clip_lengths)(ids)
 
     def _check_ids(self, ids: Mapping[str, Tensor]) -> None:
         absent = [name for name in self.towers if name not in ids]
@@ -306,18 +323,7 @@ class TextEncoders:
             return self._with_sizes(self._encode([""], padding).repeat(batch), sizes)
         if null != "zeros":
             raise ValueError(f"unknown null {null!r}; use 'zeros' or 'empty_caption'")
-        lengths = [1, 1] if padding == "trim" else [CLIP_LENGTH, self.t5_length]
-        streams = self._streams(lengths)
-        mask = None
-        if padding != "attend":
-            mask = torch.cat([_first(torch.ones(batch), stop - start) for _, start, stop, _ in streams], dim=1)
-        pooled = sum(self._pooled_width(name) for name in self.rules.pooled)
-        conditioning = Conditioning(
-            torch.zeros(batch, streams[-1][2], self.context_dim, device=self.device),
-            torch.zeros(batch, pooled, device=self.device) if pooled else None,
-            mask if mask is None else mask.to(self.device),
-            streams,
-        )
+        conditioning = zeros(self.layout, batch, padding, self.device)
         return self._with_sizes(conditioning, sizes)
 
     @property
@@ -327,18 +333,39 @@ class TextEncoders:
             digest = hashlib.sha256()
             if self.family != "sd3" or self._absent:
                 digest.update(f"{self.family} {sorted(self._absent.items())}".encode())
-            for name, tower in sorted(self.towers.items()):
-                tensors = {**tower.module.state_dict(), "state_mean": tower.state_mean, "state_std": tower.state_std}
-                for key, tensor in sorted(tensors.items()):
-                    digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            t5 = self.tokenizers.get("t5")
-            if isinstance(t5, T5Tokenizer | ReleasedT5Tokenizer):
-                digest.update(t5.fingerprint.encode())
-            if not all(getattr(self.tokenizers.get(name), "cleaned", True) for name in CLIPS):
+            for name in sorted(self.towers):
+                self._hash_tower(digest, name)
+            self._hash_vocabulary(digest)
+            if not all(self._cleaned(name) for name in CLIPS):
                 digest.update(b"prompts are read as released")
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def fingerprint_of(self, name: str) -> str:
+        """Hash of one encoder: with the same one `run_encoder` gives the same, whatever stands beside it."""
+        digest = hashlib.sha256(f"{name} {'last' if name == 't5' else self.rules.states}".encode())
+        self._hash_tower(digest, name)
+        if name == "t5":
+            self._hash_vocabulary(digest)
+        elif not self._cleaned(name):
+            digest.update(b"prompts are read as released")
+        return digest.hexdigest()
+
+    def _cleaned(self, name: str) -> bool:
+        """Whether a CLIP tokenizer cleans prompts as open_clip does; where there is none, nothing differs."""
+        return bool(getattr(self.tokenizers.get(name), "cleaned", True))
+
+    def _hash_tower(self, digest: Any, name: str) -> None:
+        tower = self.towers[name]
+        tensors = {**tower.module.state_dict(), "state_mean": tower.state_mean, "state_std": tower.state_std}
+        for key, tensor in sorted(tensors.items()):
+            digest.update(f"{name}.{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    def _hash_vocabulary(self, digest: Any) -> None:
+        t5 = self.tokenizers.get("t5")
+        if isinstance(t5, T5Tokenizer | ReleasedT5Tokenizer):
+            digest.update(t5.fingerprint.encode())
 
 
 def _check_prompts(prompts: Sequence[str]) -> None:
@@ -362,168 +389,49 @@ def t5_lengths(ids: Tensor) -> Tensor:
     return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, unpadded).cpu()
 
 
-def _first(counts: Tensor, length: int) -> Tensor:
-    """True on the first counts[i] of `length` places: bool [B, length]."""
-    return torch.arange(length)[None] < counts.cpu()[:, None]
-
-
-def _lengthen(states: Tensor, length: int) -> Tensor:
-    """Zero-pad (or cut) [B, l, width] to [B, length, width]."""
-    return F.pad(states[:, :length], (0, 0, 0, max(0, length - states.shape[1])))
-
-
-def _run(
-    tower: Tower, ids: Tensor, real: Tensor, keep: bool, which: States = "penultimate"
-) -> tuple[Tensor, Tensor | None]:
+def _run(tower: Tower, ids: Tensor, real: Tensor, keep: bool, which: States = "penultimate") -> Encoded:
     """Run one tower over distinct rows, sorted by length.
 
     Args:
         ids: [B, L].
-        real: [B] real tokens.
+        real: [B] real tokens, on the CPU.
         keep: run at full length without a mask and keep the states of padding; else they are zero.
-        which: states of CLIP, see `tower_states`.
+        which: states of CLIP, see `run_tower`.
 
     Returns:
-        Standardised states [B, longest, width], longest = L with `keep`; pooled [B, G] for a CLIP tower, None for T5.
+        Standardised states [B, longest, width], longest = L with `keep`; real; the pooled vectors.
     """
+    counts = real
     ids, inverse = torch.unique(ids, dim=0, return_inverse=True)
-    real = real.new_zeros(ids.shape[0]).scatter_(0, inverse, real)  # equal rows have equal length
+    real = counts.new_zeros(ids.shape[0]).scatter_(0, inverse.cpu(), counts)  # equal rows have equal length
     length = ids.shape[1] if keep else max(1, int(real.max()))
     states = torch.zeros(ids.shape[0], length, tower.width, device=ids.device)
-    pooled = None
+    made: dict[str, list[tuple[Tensor, Tensor]]] = {"end": [], "mean": []}
     for rows in torch.argsort(real, stable=True).split(_BATCH):
         stop = length if keep else max(1, int(real[rows].max()))
-        mask = None if keep else _first(real[rows], stop).to(ids.device)
-        out, vector = tower_states(tower.module, ids[rows, :stop], mask, which)
-        out = (out.float() - tower.state_mean) / tower.state_std
-        states[rows, :stop] = out if mask is None else out * mask[:, :, None]
-        if vector is not None:
-            if pooled is None:
-                pooled = torch.zeros(ids.shape[0], vector.shape[1], device=ids.device)
-            pooled[rows] = vector.float()
-    return states[inverse], None if pooled is None else pooled[inverse]
+        mask = first(real[rows], stop).to(ids.device)
+        rows = rows.to(ids.device)
+        out = run_tower(tower.module, ids[rows, :stop], None if keep else mask, which)
+        standard = (out.states.float() - tower.state_mean) / tower.state_std
+        states[rows, :stop] = standard if keep else standard * mask[:, :, None]
+        if out.end is None:  # T5: the mean of the states as the denoiser reads them
+            made["mean"].append((rows, mean_state(standard, mask)))
+        else:
+            made["end"].append((rows, out.end.float()))
+            made["mean"].append((rows, projected(tower.module, mean_state(out.last, mask)).float()))
+    end, mean = (_in_order(pairs, ids.shape[0]) for pairs in made.values())
+    assert mean is not None
+    return Encoded(states[inverse], counts, None if end is None else end[inverse], mean[inverse])
 
 
-# --- what training and guidance do with a Conditioning --------------------------------------------------------------
-
-
-def apply_padding(conditioning: Conditioning, padding: Padding) -> Conditioning:
-    """Apply a padding policy to encoded captions; which one a run uses is a config field, because it changes results.
-
-    `attend` drops the mask (for states that were encoded with padding `attend`), `mask` keeps everything, `trim` cuts
-    each stream to its longest row in this batch.
-
-    Raises:
-        ValueError: `mask` or `trim` without a `context_mask`.
-    """
-    if padding == "attend":
-        return conditioning._replace(context_mask=None)
-    if padding not in ("mask", "trim"):
-        raise ValueError(f"unknown padding {padding!r}; use 'attend', 'mask' or 'trim'")
-    if conditioning.context_mask is None:
-        raise ValueError(f"padding {padding!r} needs a context_mask; encode with padding='mask', not 'attend'")
-    if padding == "mask":
-        return conditioning
-    places = torch.arange(conditioning.context.shape[1], device=conditioning.context.device)
-    last = (places * conditioning.context_mask).amax(dim=0)  # a column's own index where any row attends to it, else 0
-    lengths = [max(1, int(last[start:stop].max()) - start + 1) for _, start, stop, _ in _streams(conditioning)]
-    return resize_streams(conditioning, lengths)
-
-
-def resize_streams(conditioning: Conditioning, lengths: Sequence[int]) -> Conditioning:
-    """Cut or zero-pad each stream to `lengths` tokens; what is added is masked where there is a mask."""
-    contexts, masks, streams, place = [], [], [], 0
-    for (name, start, stop, width), length in zip(_streams(conditioning), lengths, strict=True):
-        missing = max(0, length - (stop - start))
-        end = min(stop, start + length)
-        contexts.append(F.pad(conditioning.context[:, start:end], (0, 0, 0, missing)))
-        if conditioning.context_mask is not None:
-            masks.append(F.pad(conditioning.context_mask[:, start:end], (0, missing)))
-        streams.append((name, place, place + length, width))
-        place += length
-    mask = torch.cat(masks, dim=1) if masks else None
-    return conditioning._replace(context=torch.cat(contexts, dim=1), context_mask=mask, streams=tuple(streams))
-
-
-def drop_captions(
-    conditioning: Conditioning,
-    null_conditioning: Conditioning,
-    dropout: CaptionDropoutConfig,
-    uniforms: Tensor,
-    *,
-    clip_l_width: int | None = None,
-) -> Conditioning:
-    """Replace whole captions, or single encoders' parts of them, by the run's null.
-
-    A dropped encoder's slice of the context and of `pooled` becomes the null's. The two CLIP towers share one stream:
-    when both are dropped (or the caption) the stream's mask becomes the null's too, which attends to at least one
-    token; when one is dropped, only its features change.
-
-    Args:
-        conditioning: streams ("clip", ...), ("t5", ...), or the first alone; trimmed or not.
-        null_conditioning: one row, or B.
-        dropout: probabilities.
-        uniforms: [B, 4] in [0, 1): caption, clip_l, clip_g, t5; below its probability = dropped.
-        clip_l_width: `TextEncoders.clip_l_width`; needed where `clip_l` or `clip_g` has a probability of its own.
-
-    Raises:
-        ValueError: shapes that do not fit, or `clip_l_width` missing.
-    """
-    batch = conditioning.context.shape[0]
-    uniforms = torch.as_tensor(uniforms, device=conditioning.context.device)
-    if uniforms.shape != (batch, 4):
-        raise ValueError(f"uniforms must be [B, 4] = [{batch}, 4], got {list(uniforms.shape)}")
-    if (dropout.clip_l or dropout.clip_g) and clip_l_width is None:
-        raise ValueError("dropping clip_l or clip_g alone needs clip_l_width (TextEncoders.clip_l_width)")
-    if (conditioning.context_mask is None) != (null_conditioning.context_mask is None):
-        raise ValueError("conditioning and null_conditioning must both have a context_mask or both have none")
-    whole = uniforms[:, 0] < dropout.caption
-    clip_l, clip_g, t5 = (
-        whole | (uniforms[:, i] < p) for i, p in ((1, dropout.clip_l), (2, dropout.clip_g), (3, dropout.t5))
-    )
-
-    null = null_conditioning
-    if null.context.shape[0] == 1:
-        null = null.repeat(batch)
-    ours, theirs = (
-        _real_lengths(conditioning),
-        _real_lengths(apply_padding(null, "trim") if null.context_mask is not None else null),
-    )
-    lengths = [max(a, b) for a, b in zip(ours, theirs, strict=True)]
-    conditioning, null = resize_streams(conditioning, lengths), resize_streams(null, lengths)
-
-    context, pooled, mask = conditioning.context.clone(), conditioning.pooled, conditioning.context_mask
-    spans = [slice(start, stop) for _, start, stop, _ in _streams(conditioning)]
-    split = clip_l_width if clip_l_width is not None else 0  # without it both towers fall together
-    clip_tokens, t5_tokens = spans[0], spans[1] if len(spans) > 1 else slice(0, 0)
-    parts = (
-        (clip_l, clip_tokens, slice(0, split)),
-        (clip_g, clip_tokens, slice(split, None)),
-        (t5, t5_tokens, slice(None)),
-    )
-    for dropped, tokens, features in parts:
-        context[:, tokens, features] = torch.where(
-            dropped[:, None, None], null.context[:, tokens, features].to(context.dtype), context[:, tokens, features]
-        )
-    if pooled is not None and null.pooled is not None:
-        from_l = torch.arange(pooled.shape[1], device=pooled.device) < split  # [G]
-        dropped = torch.where(from_l[None], clip_l[:, None], clip_g[:, None])  # [B, G]
-        pooled = torch.where(dropped, null.pooled.to(pooled.dtype), pooled)
-    if mask is not None and null.context_mask is not None:
-        dropped_streams = zip((clip_l & clip_g, t5), lengths, strict=False)
-        gone = torch.cat([dropped[:, None].expand(-1, n) for dropped, n in dropped_streams], dim=1)  # [B, L]
-        mask = torch.where(gone, null.context_mask, mask)
-    return conditioning._replace(context=context, pooled=pooled, context_mask=mask)
-
-
-def _streams(conditioning: Conditioning) -> Streams:
-    if conditioning.streams is None:
-        raise ValueError("this Conditioning has no streams; encode with TextEncoders, which sets them")
-    return conditioning.streams
-
-
-def _real_lengths(conditioning: Conditioning) -> list[int]:
-    return [stop - start for _, start, stop, _ in _streams(conditioning)]
+def _in_order(pairs: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor | None:
+    """Put vectors [b, G] back in their rows: [count, G]."""
+    if not pairs:
+        return None
+    vectors = pairs[0][1].new_zeros(count, pairs[0][1].shape[1])
+    for rows, part in pairs:
+        vectors[rows] = part
+    return vectors
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -606,3 +514,13 @@ def _load_tiny(
     left = {name: tower for name, tower in towers.items() if use is None or name in use}
     absent = {n: (towers[n].width, pooled_width(towers[n].module)) for n in CLIPS if n not in left}
     return TextEncoders(left, tokenizers, context_dim=context_dim, t5_length=t5_length, padding=padding, absent=absent)
+
+
+def load_run_text(config: EncodersConfig) -> TextEncoders:
+    """Load the text encoders of a run under its axes: those in use, its pooled vector, its T5 length.
+
+    Raises:
+        ValueError: `use` names an encoder that is not there, or `pooled` needs one that the family does not have.
+    """
+    text = load_text_encoders(config.text, t5_length=config.t5_length, use=config.use)
+    return text.under(config.use, config.pooled, config.pooled_at)

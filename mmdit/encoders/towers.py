@@ -34,13 +34,23 @@ class Tower(NamedTuple):
         return self.state_mean.shape[0]
 
 
-def tower_states(
-    module: nn.Module, ids: Tensor, mask: Tensor | None, which: States = "penultimate"
-) -> tuple[Tensor, Tensor | None]:
-    """Return what a family takes from one transformers module, before standardisation.
+class TowerOutput(NamedTuple):
+    """What a family may take from one transformers module, before standardisation.
 
-    CLIP: hidden states, and the state at the end token after the final layer norm (projected where the module has a
-    projection). T5: last hidden states, None.
+    Attributes:
+        states: [B, L, width]: CLIP's, of the layer asked for; T5's last.
+        end: [B, G], CLIP's state at the end token after the final layer norm, projected where the module projects;
+            None for T5.
+        last: [B, L, width], the final states, behind the final layer norm; not projected.
+    """
+
+    states: Tensor
+    end: Tensor | None
+    last: Tensor
+
+
+def run_tower(module: nn.Module, ids: Tensor, mask: Tensor | None, which: States = "penultimate") -> TowerOutput:
+    """Run one transformers module.
 
     Args:
         ids: [B, L].
@@ -49,10 +59,32 @@ def tower_states(
     """
     if _is_clip(module):
         out = module(input_ids=ids, output_hidden_states=True)
-        pooled = out.text_embeds if hasattr(module, "text_projection") else out.pooler_output
-        return out.hidden_states[-2] if which == "penultimate" else out.last_hidden_state, pooled
+        end = out.text_embeds if hasattr(module, "text_projection") else out.pooler_output
+        states = out.hidden_states[-2] if which == "penultimate" else out.last_hidden_state
+        return TowerOutput(states, end, out.last_hidden_state)
     # transformers builds an all-ones mask where none is given, which attends to padding as the releases do.
-    return module(input_ids=ids, attention_mask=None if mask is None else mask.long()).last_hidden_state, None
+    states = module(input_ids=ids, attention_mask=None if mask is None else mask.long()).last_hidden_state
+    return TowerOutput(states, None, states)
+
+
+def tower_states(
+    module: nn.Module, ids: Tensor, mask: Tensor | None, which: States = "penultimate"
+) -> tuple[Tensor, Tensor | None]:
+    """Return states and end of `run_tower`."""
+    return run_tower(module, ids, mask, which)[:2]
+
+
+def mean_state(states: Tensor, real: Tensor) -> Tensor:
+    """Return the mean over real tokens, [B, L, width] and bool [B, L] -> float32 [B, width]; zeros of no tokens."""
+    weights = real.float()[:, :, None]
+    return (states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def projected(module: Any, vectors: Tensor) -> Tensor:
+    """Project vectors as a CLIP tower projects its pooled state; as they are where it has no projection."""
+    if not hasattr(module, "text_projection"):
+        return vectors
+    return module.text_projection(vectors.to(module.text_projection.weight.dtype))
 
 
 def _is_clip(module: Any) -> bool:

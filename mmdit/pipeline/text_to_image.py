@@ -22,7 +22,8 @@ from mmdit.checkpoint import CheckpointError, checkpoint_hash, find_checkpoint, 
 from mmdit.config import EncodersConfig, RunConfig, SamplingConfig, UNetConfig
 from mmdit.denoiser import Conditioning
 from mmdit.diffusion import Schedule, build_schedule
-from mmdit.encoders.text import TextEncoders, apply_padding, load_text_encoders
+from mmdit.encoders.axes import apply_padding
+from mmdit.encoders.text import TextEncoders, load_run_text
 from mmdit.encoders.vae import AutoencoderKL, load_run_vae, to_images
 from mmdit.models import build_denoiser
 from mmdit.registry import lookup
@@ -294,5 +295,5 @@ def load_encoders(
     """Load a run's VAE and text encoders, on the CPU; what is passed in is taken as it is."""
     encoders = config.encoders
     vae = vae if vae is not None else load_run_vae(encoders)
-    text = text if text is not None else load_text_encoders(encoders.text, t5_length=encoders.t5_length)
+    text = text if text is not None else load_run_text(encoders)
     return vae, text

@@ -24,7 +24,9 @@ from mmdit.config import RunConfig
 from mmdit.data.order import data_order
 from mmdit.denoiser import Conditioning, unwrap
 from mmdit.diffusion import Schedule, sample_t, training_loss
-from mmdit.encoders.text import TextEncoders, drop_captions
+from mmdit.encoders.axes import drop_captions
+from mmdit.encoders.text import TextEncoders
+from mmdit.encoders.towers import ENCODERS
 from mmdit.train.sharding import whole
 from mmdit.train.watch import Watch, part_norms
 
@@ -70,7 +72,8 @@ class BatchDrawer:
     def __init__(self, source: Any, text: TextEncoders, schedule: Schedule, config: RunConfig) -> None:
         self.source, self.schedule, self.config = source, schedule, config
         self.null = text.null(1, config.encoders.null, padding=config.encoders.padding).to("cpu")
-        self.clip_l_width = text.clip_l_width
+        self.layout = text.layout
+        self.absent = [name for name in ENCODERS if name not in text.towers]
 
     def draw(self, positions: np.ndarray) -> Batch:
         """Return the batch of these positions in the stream of training samples, on the CPU."""
@@ -79,7 +82,13 @@ class BatchDrawer:
         latents, conditioning = self.source.batch(indices)
         uniforms = torch.from_numpy(rng.uniform(seed, "caption_dropout", positions, (4,)))
         conditioning = drop_captions(
-            conditioning, self.null, self.config.encoders.dropout, uniforms, clip_l_width=self.clip_l_width
+            conditioning,
+            self.null,
+            self.config.encoders.dropout,
+            uniforms,
+            clip_l_width=self.layout.clip_l_width,
+            pooled=self.layout.pooled,
+            absent=self.absent,
         )
         noise = torch.from_numpy(rng.normal(seed, "train_noise", positions, latents.shape[1:]))
         u = torch.from_numpy(rng.uniform(seed, "train_t", positions))
