@@ -132,7 +132,7 @@ def check_widths(config: RunConfig, vae: AutoencoderKL, text: TextEncoders) -> N
     channels, model = vae.config.latent_channels, config.model
     wanted: dict[str, Any] = {"in_channels": channels, "out_channels": channels, "context_dim": text.context_dim}
     if model.pooled_dim is not None:
-        wanted["pooled_dim"] = text.pooled_dim
+        wanted["pooled_dim"] = text.pooled_dim or None
     if reads_streams(model):
         wanted["text_streams"] = {name: width for name, _, _, width in text.streams}
     has = model.model_dump()
@@ -140,7 +140,7 @@ def check_widths(config: RunConfig, vae: AutoencoderKL, text: TextEncoders) -> N
     if wrong:
         given = ", ".join(f"model.{name} is {has[name]}" for name in wrong)
         quoted = {name: f'"{value}"' if isinstance(value, dict) else value for name, value in wrong.items()}
-        fitting = " ".join(f"--model.{name} {value}" for name, value in quoted.items())
+        fitting = " ".join(f"--model.{name} {'null' if value is None else value}" for name, value in quoted.items())
         raise ConfigError(f"{given}, but the encoders of this run give others; set {fitting}")
 
 
