@@ -90,6 +90,27 @@ class Conditioning(NamedTuple):
         """Repeat each row `times` times, neighbours together: [B, ...] -> [B * times, ...]."""
         return self.map(lambda x: x.repeat_interleave(times, dim=0))
 
+    def with_negative(self, negative: Conditioning, guidance: AttentionGuidance) -> Conditioning:
+        """Set a second text against this one in attention; both are padded, stream by stream, to the longer.
+
+        Only the text of `negative` is taken: attention-space guidance leaves the pooled vector the prompt's own.
+
+        Raises:
+            ValueError: another number of rows, or other streams.
+        """
+        rows = self.context.shape[0]
+        if negative.context.shape[0] != rows:
+            raise ValueError(f"the negative text has {negative.context.shape[0]} rows, the text {rows}; give as many")
+        texts = [Conditioning(c.context, context_mask=c.context_mask, streams=c.streams) for c in (self, negative)]
+        both = Conditioning.cat(texts)
+        (context, other), masks = both.context.chunk(2), (None, None)
+        if both.context_mask is not None:
+            masks = both.context_mask.chunk(2)
+        return self._replace(
+            context=context, context_mask=masks[0], streams=both.streams, negative=other, negative_mask=masks[1],
+            guidance=guidance,
+        )  # fmt: skip
+
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Join along the batch; shorter contexts are padded with zeros and masked, stream by stream.

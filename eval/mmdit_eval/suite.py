@@ -336,7 +336,7 @@ def make_stamp(config: RunConfig, suite: SuiteConfig, references: Mapping[str, R
         "weights": suite.weights,
     }
     inference = {
-        **{f"sampling.{name}": value for name, value in sampling.model_dump(mode="json").items()},
+        **{f"sampling.{name}": value for name, value in sampling.in_effect().items()},
         "diffusion.schedule": build_schedule(config.diffusion.schedule).describe(),
         "diffusion.prediction": config.diffusion.prediction,
         "encoders.padding": config.encoders.padding,

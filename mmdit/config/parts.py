@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -96,8 +96,45 @@ SamplerName = Literal["euler", "heun", "ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_sd3
 GridName = Literal["linear", "release", "leading", "karras"]
 
 
+NegativeGuidance = Literal["cfg", "none", "skip_layer", "kv_subtract", "nag"]
+
+
+class SkipLayerConfig(Config):
+    """Skip-layer guidance, beside CFG: + scale (cond - cond without the layers). Defaults: SD3.5-medium's release."""
+
+    scale: NonNegativeFloat = 2.5
+    layers: tuple[NonNegativeInt, ...] = Field(default=(7, 8, 9), min_length=1)  # numbers of blocks
+    start: Probability = 0.01  # active while start < 1 - t < end
+    end: Probability = 0.20
+
+
+class KVSubtractConfig(Config):
+    """The image reads keys K(pos) - weight K(neg), values likewise; 0 is off."""
+
+    weight: NonNegativeFloat = 0.5
+
+
+class NAGConfig(Config):
+    """Normalised attention guidance; scale 1 is off. Defaults: its release. Source: arXiv:2505.21179."""
+
+    scale: Annotated[float, Field(ge=1.0)] = 5.0
+    tau: PositiveFloat = 2.5  # most by which the L1 norm of an attention's output may grow
+    alpha: Probability = 0.25  # share of the extrapolated output
+
+
 class SamplingConfig(Config):
-    """Inference. `guidance_scale` 1 is off: the second half of the batch is then not computed."""
+    """Inference. `guidance_scale` 1 is off: the second half of the batch is then not computed.
+
+    `negative_guidance` says what is done with the negative prompt (or the run's null, where there is none):
+
+        cfg          null + guidance_scale (cond - null)
+        skip_layer   the same, and pushed away from the network without some blocks
+        kv_subtract  in attention: keys and values of the negative text are subtracted; no CFG
+        nag          in attention: what is read from the negative text is extrapolated away from; no CFG
+        none         nothing
+
+    `guidance_scale` is read by `cfg` and `skip_layer`. Outside `guidance_interval` none acts.
+    """
 
     sampler: SamplerName = "euler"
     grid: GridName = "linear"
@@ -105,6 +142,37 @@ class SamplingConfig(Config):
     guidance_scale: Annotated[float, Field(ge=0.0, le=100.0)] = 4.0
     eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # ddim only
     variance: Literal["beta", "posterior"] = "posterior"  # ddpm only
+    negative_guidance: NegativeGuidance = "cfg"
+    guidance_interval: tuple[Probability, Probability] = (0.0, 1.0)  # of t
+    skip_layer: SkipLayerConfig = SkipLayerConfig()
+    kv_subtract: KVSubtractConfig = KVSubtractConfig()
+    nag: NAGConfig = NAGConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> SamplingConfig:
+        low, high = self.guidance_interval
+        if low > high:
+            raise ValueError(f"guidance_interval must be [low, high] in t, low first, got [{low}, {high}]")
+        if self.skip_layer.start >= self.skip_layer.end:
+            raise ValueError(
+                f"skip_layer acts while start < 1 - t < end; got start {self.skip_layer.start}, end "
+                f"{self.skip_layer.end}"
+            )
+        return self
+
+    def in_effect(self) -> dict[str, Any]:
+        """Return the fields that decide a picture, as YAML types: of the kinds of guidance the chosen one alone."""
+        tree = self.model_dump(mode="json")
+        for kind in ("skip_layer", "kv_subtract", "nag"):
+            if kind != self.negative_guidance:
+                del tree[kind]
+        if self.negative_guidance == "cfg":  # as before there were others: stored results stay comparable
+            del tree["negative_guidance"]
+        elif self.negative_guidance != "skip_layer":
+            del tree["guidance_scale"]
+        if self.guidance_interval == (0.0, 1.0):
+            del tree["guidance_interval"]
+        return tree
 
 
 # --- encoders ---------------------------------------------------------------------------------------------------

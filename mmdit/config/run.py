@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from mmdit.config.backbones import MMDiTConfig, ModelConfig, UNetConfig, reads_streams
+from mmdit.config.backbones import MMDiTConfig, ModelConfig, UNetConfig, num_blocks, reads_streams
 from mmdit.config.parts import (
     Config,
     DataConfig,
@@ -100,7 +100,34 @@ class RunConfig(Config):
             raise ValueError("sampling.grid 'leading' is for variance_preserving; use 'linear' or 'release'")
         if self.sampling.eta and sampler != "ddim":
             raise ValueError(f"sampling.eta is read by the sampler 'ddim' only, got sampler {sampler!r}")
+        check_guidance(model, encoders, self.sampling)
         return self
+
+
+def check_guidance(model: ModelConfig, encoders: EncodersConfig, sampling: SamplingConfig) -> None:
+    """Refuse a kind of guidance that a run's denoiser or text cannot have.
+
+    Raises:
+        ValueError: which, and what would work.
+    """
+    kind = sampling.negative_guidance
+    if kind in ("kv_subtract", "nag") and model.injection == "pooled":
+        raise ValueError(
+            f"sampling.negative_guidance {kind!r} acts on text tokens, of which model.injection 'pooled' has none; "
+            f"use 'cfg'"
+        )
+    if kind == "kv_subtract" and encoders.padding == "trim":
+        raise ValueError(
+            "sampling.negative_guidance 'kv_subtract' subtracts a negative text token by token, so both texts must "
+            "have one length, which encoders.padding 'trim' does not give; set encoders.padding: mask, which trains "
+            "the same network"
+        )
+    count = num_blocks(model)
+    wrong = [i for i in sampling.skip_layer.layers if i >= count]
+    if kind == "skip_layer" and wrong:
+        raise ValueError(
+            f"sampling.skip_layer.layers {wrong} do not exist; this {model.name} has blocks 0 to {count - 1}"
+        )
 
 
 class SuiteConfig(Config):

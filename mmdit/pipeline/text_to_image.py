@@ -27,7 +27,7 @@ from mmdit.encoders.text import TextEncoders, load_run_text
 from mmdit.encoders.vae import AutoencoderKL, load_run_vae, to_images
 from mmdit.models import build_denoiser
 from mmdit.registry import lookup
-from mmdit.sampling import GRIDS, SAMPLERS, guided_denoise, sampler_options
+from mmdit.sampling import GRIDS, SAMPLERS, guidance_options, guided_denoise, needs_null, sampler_options
 
 
 class Stopped(RuntimeError):
@@ -216,9 +216,9 @@ class TextToImage:
                 raise Stopped(f"stopped after sampling step {i + 1} of {config.num_steps}")
 
         conditioning = self.encode(prompts).to(device)
-        null = self.encode_null(negative_prompts).to(device) if config.guidance_scale != 1 else None
+        null = self.encode_null(negative_prompts).to(device) if needs_null(config) else None
         denoise = guided_denoise(
-            self.denoiser, self.schedule, self.prediction, conditioning, null, config.guidance_scale
+            self.denoiser, self.schedule, self.prediction, conditioning, null, **guidance_options(config)
         )
         training = self.denoiser.training
         self.denoiser.eval()

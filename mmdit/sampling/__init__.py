@@ -18,7 +18,7 @@ from mmdit.sampling.ddpm import ddpm
 from mmdit.sampling.dpmpp import dpmpp_2m, dpmpp_2m_sd35
 from mmdit.sampling.euler import euler
 from mmdit.sampling.grids import GRIDS
-from mmdit.sampling.guidance import SkipLayerGuidance, guided_denoise
+from mmdit.sampling.guidance import SkipLayerGuidance, guidance_options, guided_denoise, needs_null
 from mmdit.sampling.heun import heun
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
@@ -40,4 +40,12 @@ def sampler_options(config: SamplingConfig) -> dict[str, Any]:
     return {}
 
 
-__all__ = ["GRIDS", "SAMPLERS", "SkipLayerGuidance", "guided_denoise", "sampler_options"]
+__all__ = [
+    "GRIDS",
+    "SAMPLERS",
+    "SkipLayerGuidance",
+    "guidance_options",
+    "guided_denoise",
+    "needs_null",
+    "sampler_options",
+]

@@ -322,7 +322,7 @@ def test_a_block_compiles_whole_and_gives_the_same(name, fields):
         ({"name": "unet", "preset": "tiny", "text_stages": [0, 7]}, r"\[7\] have no transformers"),
         ({"name": "unet", "preset": "tiny", "text_in_query": True, "pooled_dim": None}, "pooled_dim is None"),
         ({"name": "unet", "preset": "tiny", "injection": "pooled", "text_in_query": True}, "no queries read text"),
-        ({"name": "unet", "preset": "tiny", "transformer_depth": [0, 0, 0], "middle_transformer_depth": 0}, "is 0"),
+        ({"name": "unet", "preset": "tiny", "injection": "joint", "transformer_depth": [0] * 3, "middle_transformer_depth": 0}, "is 0"),
         ({"name": "unet", "preset": "tiny", "injection": "decoupled", "text_projection": "per_encoder"}, "in a U-Net"),
     ],
 )  # fmt: skip
