@@ -208,22 +208,25 @@ def find_sources(keys: Iterable[str], part: Part, config: Any) -> dict[str, Sour
     keys = list(keys)
     if part.layout == "original":
         return {key: Source((part.prefix + key,)) for key in keys}
+    found = diffusers_sources(keys, config)
+    return {
+        ours: source._replace(keys=tuple(part.prefix + key for key in source.keys)) for ours, source in found.items()
+    }
+
+
+def diffusers_sources(keys: Iterable[str], config: Any) -> dict[str, Source]:
+    """Say for each tensor of ours where it lies in diffusers' layout."""
+    keys = list(keys)
     if config.name == "mmdit":
         last = sd3.last_block(keys)
         found = {key: sd3.diffusers_source(key, last) for key in keys}
-        return {key: replace_prefix(source, part.prefix) for key, source in found.items() if source is not None}
-    theirs = _unet_to_diffusers({key: key for key in keys}, config)
-    return {ours: Source((part.prefix + key,)) for key, ours in theirs.items()}
+        return {key: source for key, source in found.items() if source is not None}
+    return {ours: Source((theirs,)) for theirs, ours in _unet_to_diffusers({key: key for key in keys}, config).items()}
 
 
 def _unet_to_diffusers(state: Mapping[str, T], config: UNetConfig) -> dict[str, T]:
     pooled = "class_embedding" if config.size_embed_dim is None else "add_embedding"
     return unet_keys.to_diffusers(state, config, pooled)
-
-
-def replace_prefix(source: Source, prefix: str) -> Source:
-    """Put a prefix before the keys of a source."""
-    return source._replace(keys=tuple(prefix + key for key in source.keys))
 
 
 def read_source(files: WeightFiles, source: Source, target: Tensor) -> None:
@@ -246,6 +249,22 @@ def check_fit(
     Raises:
         WeightsError: tensors are missing, unexpected or of another shape, or stored as scaled fp8.
     """
+    missing, unexpected, shaped = compare(files, part, expected, sources)
+    needed = {key for source in sources.values() for key in source.keys}
+    if missing or unexpected or shaped:
+        faults = [_listed(missing, "missing"), _listed(unexpected, "unexpected"), _listed(shaped, "of another shape")]
+        raise WeightsError(
+            f"{files.path} does not fit the {part.backbone} that its shapes describe ({len(needed)} tensors): "
+            f"{'; '.join(fault for fault in faults if fault)}. Likely cause: "
+            f"{likely_cause(missing, unexpected, shaped, needed, overrides)}"
+        )
+    files.refuse_scaled(sorted(needed))
+
+
+def compare(
+    files: WeightFiles, part: Part, expected: Mapping[str, Tensor], sources: Mapping[str, Source]
+) -> tuple[list[str], list[str], list[str]]:
+    """Return the keys a denoiser misses in a file, those of the file it does not know, and wrong shapes in words."""
     missing, shaped = [], []
     for ours, source in sources.items():
         shape = list(expected[ours].shape)
@@ -257,15 +276,7 @@ def check_fit(
             elif list(files.shape(key)) != shape:
                 shaped.append(f"{key} is {list(files.shape(key))}, expected {shape}")
     needed = {key for source in sources.values() for key in source.keys}
-    unexpected = [key for key in part.keys if key not in needed]
-    if missing or unexpected or shaped:
-        faults = [_listed(missing, "missing"), _listed(unexpected, "unexpected"), _listed(shaped, "of another shape")]
-        raise WeightsError(
-            f"{files.path} does not fit the {part.backbone} that its shapes describe ({len(needed)} tensors): "
-            f"{'; '.join(fault for fault in faults if fault)}. Likely cause: "
-            f"{likely_cause(missing, unexpected, shaped, needed, overrides)}"
-        )
-    files.refuse_scaled(sorted(needed))
+    return missing, [key for key in part.keys if key not in needed], shaped
 
 
 def likely_cause(
