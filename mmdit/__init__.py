@@ -18,6 +18,8 @@ _EXPORTS = {
     "load_text_encoders": "mmdit.encoders.text",
     "load_vae": "mmdit.encoders.vae",
     "save_denoiser": "mmdit.weights.denoiser",
+    "save_text_encoders": "mmdit.encoders.saving",
+    "save_vae": "mmdit.encoders.vae",
     "TextToImage": "mmdit.pipeline",
 }
 __all__ = [
@@ -29,13 +31,16 @@ __all__ = [
     "load_text_encoders",
     "load_vae",
     "save_denoiser",
+    "save_text_encoders",
+    "save_vae",
 ]
 
 if TYPE_CHECKING:
     from mmdit.config import load_config
     from mmdit.denoiser import Conditioning
+    from mmdit.encoders.saving import save_text_encoders
     from mmdit.encoders.text import load_text_encoders
-    from mmdit.encoders.vae import load_vae
+    from mmdit.encoders.vae import load_vae, save_vae
     from mmdit.models import build_denoiser
     from mmdit.pipeline import TextToImage
     from mmdit.weights.denoiser import load_denoiser, save_denoiser

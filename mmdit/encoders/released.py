@@ -16,12 +16,11 @@ from mmdit.encoders.towers import Tower, build_tower
 from mmdit.registry import unknown
 from mmdit.weights.fit import check_shapes
 from mmdit.weights.header import WeightsError
-from mmdit.weights.text import ENCODERS, PROJECTION, T5_TABLE, infer_config
+from mmdit.weights.text import ENCODERS, PROJECTION, T5_COPY, T5_TABLE, infer_config
 from mmdit.weights.text_files import TextPart, TextRelease, find_text
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes a network can run in
 _NOT_CONFIG = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type")
-_T5_COPY = "encoder.embed_tokens.weight"
 
 Overrides = Mapping[str, Mapping[str, Any] | None]
 
@@ -116,14 +115,14 @@ def load_tower(
     config = tower_config(part, override)
     with torch.device("meta"):
         module = build_tower(part.encoder, config, projected=projected)
-    names = {our_name(key): key for key in module.state_dict() if key != _T5_COPY}
+    names = {our_name(key): key for key in module.state_dict() if key != T5_COPY}
     expected = {name: tuple(module.state_dict()[key].shape) for name, key in names.items()}
     check_shapes(f"the {part.encoder} of {family}", part.files.path, expected, shapes)
     state: dict[str, Tensor] = {}
     for name, key in names.items():
         state[key] = part.sources[name].read(part.files, _dtype_of(key, dtype), device)
     if part.encoder == "t5":
-        state[_T5_COPY] = state[T5_TABLE]
+        state[T5_COPY] = state[T5_TABLE]
     module.load_state_dict(state, strict=True, assign=True)
     _finish(module, device)
     width = expected[T5_TABLE if part.encoder == "t5" else "text_model.final_layer_norm.weight"][-1]

@@ -81,6 +81,24 @@ class ClipTokenizer:
         rows = self._tokenizer(texts, truncation=False, split_special_tokens=self.cleaned, verbose=False)
         return list(rows["input_ids"])
 
+    def save(self, folder: Path, *, pad_with_zero: bool = False) -> None:
+        """Write the folder of a release: for transformers of today, and for those that read vocab.json and merges.txt.
+
+        Args:
+            pad_with_zero: say that padding is "!", id 0, as tokenizer_2 of SDXL and SD3 does.
+        """
+        from transformers import CLIPTokenizer
+
+        model = json.loads(self._tokenizer.backend_tokenizer.to_str())["model"]
+        merges = [tuple(pair) for pair in model["merges"]]
+        pad_token = "!" if pad_with_zero else "<|endoftext|>"
+        CLIPTokenizer(
+            vocab=model["vocab"], merges=merges, pad_token=pad_token, model_max_length=CLIP_LENGTH
+        ).save_pretrained(str(folder))
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+        (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+
     def id_to_piece(self, index: int) -> str:
         """Return the piece of one id; pieces that end a word end with "</w>"."""
         return self._tokenizer.convert_ids_to_tokens(index)
@@ -190,6 +208,10 @@ class ReleasedT5Tokenizer:
         """Encode and append the end token; longer prompts keep their first `length - 1` ids and the end token."""
         rows = self._tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
         return [row if len(row) <= length else [*row[: length - 1], T5_END] for row in rows]
+
+    def save(self, folder: Path) -> None:
+        """Write the folder `tokenizer_3` of a release."""
+        self._tokenizer.save_pretrained(str(folder))
 
     def __len__(self) -> int:
         return len(self._tokenizer)

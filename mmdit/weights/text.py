@@ -35,7 +35,7 @@ FILES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}  # how separate 
 TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 PROJECTION = "text_projection.weight"
 T5_TABLE = "shared.weight"
-_T5_COPY = "encoder.embed_tokens.weight"  # tied to the table; released files hold both
+T5_COPY = "encoder.embed_tokens.weight"  # tied to the table; released files hold both
 
 # what a file may hold beside the text tower: buffers, the image tower of a whole CLIP, the decoder of a whole T5
 _BESIDE = re.compile(
@@ -99,9 +99,9 @@ def name_sources(encoder: str, keys: Iterable[str], prefix: str = "") -> dict[st
         return _from_open_clip({name.removeprefix("text."): key for name, key in short.items()})
     found: dict[str, Source] = {}
     for name, key in short.items():
-        if _BESIDE.fullmatch(name) or (name == _T5_COPY and T5_TABLE in short):
+        if _BESIDE.fullmatch(name) or (name == T5_COPY and T5_TABLE in short):
             continue
-        if name == _T5_COPY:
+        if name == T5_COPY:
             name = T5_TABLE
         elif encoder != "t5" and name.startswith(_UNWRAPPED):  # transformers 5.6 took `text_model.` from CLIPTextModel
             name = f"text_model.{name}"
