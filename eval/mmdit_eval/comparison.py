@@ -61,14 +61,18 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], varies: Sequence[str] = 
 
 
 def _difference_of_distances(values: Sequence[float], influences: Sequence[Sequence[float]]) -> Estimate:
-    """Delta method for a difference of two distances from one reference, which stays as it is."""
+    """Delta method for a difference of two distances, picture by picture.
+
+    What an influence counts is what is drawn anew: the picture alone where the reference stays as it is (folders), the
+    picture with the true one of its prompt in a suite.
+    """
     import numpy as np
 
     from mmdit_eval.set_intervals import influence_interval
 
     difference = np.subtract(*(np.asarray(influence, dtype=np.float64) for influence in influences))
     estimate = influence_interval(values[0] - values[1], difference, None, "fixed")
-    estimate["method"] = "paired " + estimate["method"]
+    estimate["method"] = "paired delta, at this N"
     return estimate
 
 

@@ -23,9 +23,11 @@ from mmdit.pipeline import TextToImage
 from mmdit_eval.clip_score import clip_scores
 from mmdit_eval.distance_metrics import DISTANCES
 from mmdit_eval.features import Extractor, extract, extract_logits, hash_tensors, tiny_clip
+from mmdit_eval.frechet import frechet_influence
 from mmdit_eval.inception_scores import inception_score_interval
 from mmdit_eval.moments import FloatArray
 from mmdit_eval.neighbours import memorisation
+from mmdit_eval.set_intervals import influence_interval
 from mmdit_eval.statistics import Estimate, mean_interval, wilson_interval
 
 VALIDATION_LEVELS = 8  # equidistant t; the mean leaves out t = 1, as in arXiv:2403.03206v1, 5.3
@@ -165,6 +167,15 @@ def _distance(name: str) -> Callable[[Drawn], Measured]:
     return metric
 
 
+def _frechet(drawn: Drawn) -> Measured:
+    """Measure the Fréchet distance and how much each picture, with the true one beside it, moves it."""
+    value, of_drawn, of_true = frechet_influence(drawn.features, drawn.reference.features)
+    estimate = influence_interval(value, of_drawn, of_true, "paired")
+    assert of_true is not None
+    influence = [float(f"{v:.6g}") for v in of_drawn + of_true]
+    return Measured({"frechet": estimate}, influence={"frechet": influence})
+
+
 def _inception_score(drawn: Drawn) -> Measured:
     """Score the whole set as one part; nothing where the extractor is no classifier, which `check_suite` refuses."""
     extractor = drawn.reference.extractor
@@ -279,7 +290,8 @@ METRICS: dict[str, Metric] = {
     "composition": Metric(_composition, data="shapes"),
     "retrieval": Metric(_retrieval, data="emoji", judge=_emoji_judge_hash),
     "clip_score": Metric(_clip_score, judge=_clip_hash),
-    **{name: Metric(_distance(name)) for name in DISTANCES},
+    "frechet": Metric(_frechet),
+    **{name: Metric(_distance(name)) for name in DISTANCES if name != "frechet"},
     "inception_score": Metric(_inception_score, logits=True),
     "memorisation": Metric(_memorisation),
     "validation_loss": Metric(_validation_loss),

@@ -13,9 +13,12 @@ import numpy as np
 import torch
 
 from mmdit_eval.clip_score import caption_embeds, clip_scores
+from mmdit_eval.distance_metrics import NEIGHBOURS
 from mmdit_eval.features import Extractor, TextTower
 from mmdit_eval.frechet import FloatArray, frechet_influence
+from mmdit_eval.inception_scores import inception_score, inception_score_interval
 from mmdit_eval.metrics import Measured
+from mmdit_eval.neighbours import manifold_intervals
 from mmdit_eval.set_intervals import cmmd_interval, frechet_infinity_interval, influence_interval, kernel_interval
 from mmdit_eval.statistics import mean_interval
 
@@ -78,6 +81,24 @@ def _cmmd(pair: Pair) -> Measured:
     return Measured({"cmmd": cmmd_interval(pair.fake, pair.rows())})
 
 
+def _precision_recall(pair: Pair) -> Measured:
+    return Measured(manifold_intervals(pair.rows(), pair.fake, NEIGHBOURS))
+
+
+def _inception_score(pair: Pair) -> Measured:
+    """Score the whole set as one part, with its interval; ten parts, as published, stand in the details."""
+    if not pair.logits.shape[1]:
+        raise ValueError(
+            f"inception_score needs the logits of a classifier, which extractor {pair.extractor.name!r} has not; take "
+            "inception_fid or inception_clean"
+        )
+    details = {}
+    if len(pair.logits) >= 10:
+        mean, deviation = inception_score(pair.logits, seed=pair.seed)
+        details = {"inception_score_of_10": {"mean": mean, "deviation": deviation}}
+    return Measured({"inception_score": inception_score_interval(pair.logits)}, details=details)
+
+
 def _clip_score(pair: Pair) -> Measured:
     if pair.captions is None or pair.clip is None or pair.clip_features is None or pair.clip.text is None:
         raise ValueError(
@@ -103,5 +124,7 @@ SET_METRICS: dict[str, Callable[[Pair], Measured]] = {
     "frechet_infinity": _frechet_infinity,
     "kernel": _kernel,
     "cmmd": _cmmd,
+    "precision_recall": _precision_recall,
+    "inception_score": _inception_score,
     "clip_score": _clip_score,
 }

@@ -94,3 +94,30 @@ def test_an_inception_score_of_an_extractor_without_classes_is_refused_before_dr
     with pytest.raises(ConfigError, match="needs the logits of a classifier"):
         check_suite(SuiteConfig(metrics=("inception_score",)), run)
     check_suite(SuiteConfig(metrics=("inception_score",), extractor="inception_fid@weights.pth"), run)
+
+
+def test_a_suites_frechet_distance_keeps_what_pairs_two_runs():
+    given = drawn(drawn().images[::-1].copy())
+    found = METRICS["frechet"].function(given)
+    influence = np.array(found.influence["frechet"])
+    assert len(influence) == 30
+    half = (found.scores["frechet"]["high"] - found.scores["frechet"]["low"]) / 2
+    assert half == pytest.approx(2.0452 * influence.std(ddof=1) / np.sqrt(30), rel=1e-3, abs=1e-9)
+
+
+def test_plain_sets_are_measured_by_the_same_functions():
+    from mmdit_eval.set_metrics import SET_METRICS, Pair
+
+    fake, real = draw(60, 51, 0, 0.5), draw(80, 51, 1)
+    pair = Pair(fake, real, draw(60, 4, 2), load_extractor("pixel_statistics"))
+    found = {name: SET_METRICS[name](pair).scores for name in ("frechet", "kernel", "cmmd", "precision_recall")}
+    for name, scores in found.items():
+        expected = DISTANCES[name](fake, real, "drawn")
+        assert {key: value["value"] for key, value in scores.items()} == pytest.approx(
+            {key: value["value"] for key, value in expected.items()}
+        )
+    scored = SET_METRICS["inception_score"](pair)
+    assert scored.scores["inception_score"]["value"] == pytest.approx(inception_score(pair.logits, 1).mean)
+    assert scored.details["inception_score_of_10"]["mean"] == inception_score(pair.logits).mean
+    with pytest.raises(ValueError, match="'pixel_statistics' has not"):
+        SET_METRICS["inception_score"](replace(pair, logits=np.zeros((60, 0))))
