@@ -70,6 +70,7 @@ _VARIANTS = (
     "shapes",
     "emoji",
     "images",
+    "shards",
 )
 
 

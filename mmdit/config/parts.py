@@ -300,7 +300,24 @@ class ImagesConfig(Config):
         return self
 
 
-DataConfig = Annotated[ShapesConfig | EmojiConfig | ImagesConfig, Field(discriminator="name")]
+class ShardsConfig(Config):
+    """Pictures and captions in tar shards (a.jpg beside a.txt or a.json) or parquet shards (two columns)."""
+
+    name: Literal["shards"] = "shards"
+    source: str  # a folder, a file, or a pattern such as pictures/*.tar
+    image_column: str = "image"  # parquet: bytes, or the {bytes, path} of `datasets`
+    caption_column: str = "text"  # parquet; in a tar the field of a.json
+    resolution: PositiveInt = 256
+    val_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.001
+    on_error: Literal["fail", "skip"] = "fail"  # skip: the next good item stands in for a bad one
+    clean_captions: bool = True
+    lanes: PositiveInt = (
+        8  # places in the epoch read side by side; divides train.batch_size, best a multiple of processes
+    )
+    index: Path | None = None  # where the indices of tars are kept; None: beside them
+
+
+DataConfig = Annotated[ShapesConfig | EmojiConfig | ImagesConfig | ShardsConfig, Field(discriminator="name")]
 
 
 # --- training ---------------------------------------------------------------------------------------------------

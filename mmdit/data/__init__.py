@@ -43,14 +43,25 @@ def _images(config: Any, split: str) -> Dataset:
     return ImagesDataset(config, split)
 
 
-DATASETS = {"shapes": _shapes, "emoji": _emoji, "images": _images}  # built lazily: each room imports what it needs
+def _shards(config: Any, split: str) -> Dataset:
+    from mmdit.data.shards import ShardsDataset
+
+    return ShardsDataset(config, split)
+
+
+DATASETS = {
+    "shapes": _shapes,
+    "emoji": _emoji,
+    "images": _images,
+    "shards": _shards,
+}  # built lazily: each room imports what it needs
 
 
 def make_dataset(config: Any, split: str = "train") -> Any:
     """Build the data set a config names.
 
     Args:
-        config: ShapesConfig, EmojiConfig or ImagesConfig.
+        config: ShapesConfig, EmojiConfig, ImagesConfig or ShardsConfig.
         split: train | val | seen (test items of training combinations) | heldout (combinations training lacks).
 
     Raises:

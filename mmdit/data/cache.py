@@ -108,6 +108,8 @@ class LiveBatches:
     ) -> None:
         self.dataset, self.vae, self.text, self.encoders, self.precision = dataset, vae, text, encoders, precision
         self.count = min(count or len(dataset), len(dataset))
+        if count is None and hasattr(dataset, "order"):  # shards have an order that suits disks
+            self.order = dataset.order
 
     def __len__(self) -> int:
         return self.count

@@ -93,6 +93,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
         print(describe(config))
         return 0
+    from mmdit.data.images import DataError
     from mmdit.train.sources import build_sources, measure_statistics
     from mmdit.train.step import NonFiniteLossError
     from mmdit.train.trainer import EXIT_INTERRUPTED, OutOfMemoryError, train
@@ -106,7 +107,7 @@ def main(words: Sequence[str] | None = None) -> int:
             build_sources(config, run_dir, progress=not arguments.quiet)
             return 0
         result = train(config, run_dir, arguments.resume, progress=not arguments.quiet)
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, DataError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     except NonFiniteLossError as error:

@@ -63,6 +63,8 @@ def build_sources(
             made[split] = BucketedSource([encoded(v, f"{split} {v.size[0]}x{v.size[1]}", n) for v, n in parts])
         else:
             made[split] = encoded(dataset, split, count)
+    if hasattr(made["train"], "order"):  # an order of its own may not suit this batch size: said now, not at step 1
+        made["train"].order(config.seed, np.arange(1), train.batch_size)
     if train.precompute and progress and (odd := unusual_latents(made["train"])):
         print(odd, flush=True)
     first = np.arange(min(SAMPLE_PROMPTS, len(datasets["val"])))
