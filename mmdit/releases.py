@@ -32,13 +32,13 @@ class Release:
     Attributes:
         name: as `mmdit.weights.detect` calls it.
         title: as people call it.
-        text: whose text rules, a family of `load_text_encoders`.
+        text: whose text rules and latents: a family of `load_text_encoders` and of `load_vae`, which know the scale of
+            latents.
         diffusion: noise and prediction. Its density is not read: nothing is trained here.
         sampling: defaults of every picture.
         null: what stands for "no text" where there is no negative prompt.
         empty_is_null: whether a negative prompt "" also means the null, instead of the encoded empty caption.
         size: native pixels a side.
-        latent_shift, latent_scale: of the VAE, where its file stands alone.
         towers: text encoders; those of `optional` may be left out and are then zeros.
         files: part -> where the release keeps it, for messages.
         sizes: whether the pooled text is followed by six embedded sizes (SDXL's micro-conditioning).
@@ -52,10 +52,8 @@ class Release:
     sampling: SamplingConfig
     null: Literal["zeros", "empty_caption"]
     size: int
-    latent_scale: float
     towers: tuple[str, ...]
     files: Mapping[str, str]
-    latent_shift: float = 0.0
     optional: tuple[str, ...] = ()
     empty_is_null: bool = False
     sizes: bool = False
@@ -86,8 +84,6 @@ def _sd3(name: str, title: str, file: str, sampling: SamplingConfig, skip: SkipL
         sampling=sampling,
         null="empty_caption",
         size=1024,
-        latent_scale=1.5305,
-        latent_shift=0.0609,
         towers=("clip_l", "clip_g", "t5"),
         optional=("t5",),
         files={"denoiser": file, "vae": f"{file} (its first_stage_model part), or vae/ of its diffusers folder"}
@@ -132,7 +128,6 @@ RELEASES: dict[str, Release] = {
             sampling=_release_grid("ddim", 50, 7.5),
             null="empty_caption",
             size=512,
-            latent_scale=0.18215,
             towers=("clip_l",),
             files={
                 "denoiser": "v1-5-pruned-emaonly.safetensors",
@@ -149,7 +144,6 @@ RELEASES: dict[str, Release] = {
             null="zeros",
             empty_is_null=True,  # generative-models: force_uc_zero_embeddings for an empty negative prompt
             size=1024,
-            latent_scale=0.13025,
             towers=("clip_l", "clip_g"),
             sizes=True,
             files={
