@@ -22,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdit.config import CrossDiTConfig, MMDiTConfig, UNetConfig
-from mmdit.denoiser import Conditioning
+from mmdit.denoiser import Conditioning, Streams
 from mmdit.models import build_denoiser
 from mmdit.models.flops import forward_flops
 from mmdit.models.text import even_streams
@@ -61,11 +61,11 @@ class _Solution(NamedTuple):
     value: int  # what `by` counts
 
 
-def measure(config: Backbone, *, tokens: int, latent_size: int | tuple[int, int]) -> Size:
+def measure(config: Backbone, *, tokens: int | Streams, latent_size: int | tuple[int, int]) -> Size:
     """Count a backbone with torch's own counter, on `meta`: no memory, no time.
 
     Args:
-        tokens: L, text tokens of one image.
+        tokens: L, text tokens of one image, or the streams they lie in; see `forward_flops`.
         latent_size: H and W, latent pixels.
 
     Raises:
@@ -76,8 +76,9 @@ def measure(config: Backbone, *, tokens: int, latent_size: int | tuple[int, int]
         denoiser = build_denoiser(config).eval()
         latents = torch.zeros(1, config.in_channels, height, width)
         pooled = None if config.pooled_dim is None else torch.zeros(1, config.pooled_dim)
-        context = torch.zeros(1, tokens, config.context_dim)
-        conditioning = Conditioning(context, pooled, streams=even_streams(config, tokens))
+        streams = even_streams(config, tokens) if isinstance(tokens, int) else tokens
+        context = torch.zeros(1, tokens if isinstance(tokens, int) else tokens[-1][2], config.context_dim)
+        conditioning = Conditioning(context, pooled, streams=streams)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             denoiser(latents, torch.zeros(1), conditioning)
     return Size(sum(p.numel() for p in denoiser.parameters()), int(counter.get_total_flops()))
@@ -88,7 +89,7 @@ def solve(
     target: float,
     by: By = "parameters",
     *,
-    tokens: int,
+    tokens: int | Streams,
     latent_size: int | tuple[int, int],
     within: float = 0.01,
 ) -> Match:

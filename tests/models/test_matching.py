@@ -37,17 +37,45 @@ VARIANTS = [
 ]
 
 
+STREAMS = {"text_streams": {"clip": 224, "t5": 256}}
+SPLIT = (("clip", 0, 3, 224), ("t5", 3, 10, 256))  # of 10 tokens
+WAYS = [
+    ("mmdit", {"weight_sets": 1}),
+    ("mmdit", {"weight_sets": 3, **STREAMS}),
+    ("mmdit", {"weight_sets": 3, "text_projection": "per_encoder", **STREAMS}),
+    ("mmdit", {"text_projection": "per_encoder", "dual_attention_layers": (0, 2), **STREAMS}),
+    ("mmdit", {"injection": "pooled"}),
+    ("mmdit", {"pooled_dim": None}),
+    ("crossdit", {"injection": "decoupled", **STREAMS}),
+    ("crossdit", {"injection": "decoupled", "text_projection": "per_encoder", **STREAMS}),
+    ("crossdit", {"injection": "cross", "text_projection": "per_encoder", **STREAMS}),
+    ("crossdit", {"injection": "pooled"}),
+    ("crossdit", {"pooled_dim": None}),
+    ("unet", {"injection": "decoupled", **STREAMS}),
+    ("unet", {"injection": "decoupled", "text_in_query": True, **STREAMS}),
+    ("unet", {"text_projection": "per_encoder", "text_in_query": True, **STREAMS}),
+    ("unet", {"text_stages": (1,)}),
+    ("unet", {"text_stages": ("middle",), "text_in_query": True}),
+    ("unet", {"injection": "pooled"}),
+    *(("unet", {"injection": "joint", "weight_sets": sets, **STREAMS}) for sets in (1, 2, 3)),
+    ("unet", {"injection": "joint", "text_projection": "per_encoder", "text_in_query": True, **STREAMS}),
+    ("unet", {"injection": "joint", "text_stages": (0,)}),
+    ("unet", {"injection": "joint", "text_stages": (1, "middle"), "transformer_depth": (2, 2)}),
+    ("unet", {"injection": "joint", "channel_mult": (1, 2, 2), "transformer_depth": (1, 0, 2), "num_res_blocks": 2}),
+]
+
+
 def build(name, preset):
     return model_config(name, preset, **(WIDTHS if preset in OURS else {}))
 
 
-def counted(config, tokens, height, width):
+def counted(config, tokens, height, width, streams=None):
     """Torch's counter on a real forward without memory; a mask, which changes nothing, is given too."""
     with torch.device("meta"):
         denoiser = build_denoiser(config)
         pooled = None if config.pooled_dim is None else torch.empty(1, config.pooled_dim)
         mask = torch.ones(1, tokens, dtype=torch.bool)
-        conditioning = Conditioning(torch.empty(1, tokens, config.context_dim), pooled, mask)
+        conditioning = Conditioning(torch.empty(1, tokens, config.context_dim), pooled, mask, streams)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             denoiser(torch.empty(1, config.in_channels, height, width), torch.empty(1), conditioning)
     return counter.get_total_flops()
@@ -68,6 +96,32 @@ def test_the_formula_of_a_variant_is_what_torch_counts(name, fields):
     config = model_config(name, **{**WIDTHS, **fields})
     assert forward_flops(config, tokens=5, latent_size=(8, 16)) == counted(config, 5, 8, 16)
     assert measure(config, tokens=5, latent_size=(8, 16)).flops == counted(config, 5, 8, 16)
+
+
+@pytest.mark.parametrize(("name", "fields"), WAYS, ids=str)
+def test_the_formula_knows_every_way_in_which_text_enters(name, fields):
+    config = model_config(name, **{**WIDTHS, **(MICRO_UNET if name == "unet" else MICRO), **fields})
+    assert forward_flops(config, tokens=SPLIT, latent_size=(8, 16)) == counted(config, 10, 8, 16, SPLIT)
+    assert measure(config, tokens=SPLIT, latent_size=(8, 16)).flops == counted(config, 10, 8, 16, SPLIT)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("mmdit", {"weight_sets": 1}),
+        ("mmdit", {"weight_sets": 3, **STREAMS}),
+        ("crossdit", {"injection": "decoupled", **STREAMS}),
+        ("unet", {"injection": "joint"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("by", ["parameters", "flops"])
+def test_rows_that_bring_text_in_otherwise_are_matched_too(name, fields, by):
+    tokens = (("clip", 0, 10, 224), ("t5", 10, 24, 256))
+    target = getattr(measure(build("mmdit", "tiny"), tokens=tokens, latent_size=8), by)
+    match = solve(model_config(name, "tiny", **WIDTHS, **fields), target, by, tokens=tokens, latent_size=8)
+    assert getattr(match, by) == pytest.approx(target, rel=0.01)
+    assert getattr(measure(match.config, tokens=tokens, latent_size=8), by) == getattr(match, by)
 
 
 def test_sd3_medium_at_1024_pixels_takes_nine_teraflop():
