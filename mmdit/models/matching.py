@@ -255,7 +255,10 @@ def _note(before: Backbone, solution: _Solution, target: float, by: By) -> str:
 def _why_not(config: Backbone, found: list[_Solution], target: float, by: By, within: float) -> str:
     """Name the nearest config that is allowed, and the ratio that would have fitted where there is one."""
     goal = f"{_amount(round(target), by)} within {100 * within:g} %"
-    head = "" if isinstance(config, UNetConfig) else f", heads of {config.width // config.num_heads}"
+    if isinstance(config, UNetConfig):
+        head = f", heads of {config.head_dim}" if config.num_heads is None else f", {config.num_heads} heads a stage"
+    else:
+        head = f", heads of {config.width // config.num_heads}"
     allowed = [s for s in found if _allowed(s.ratio)]
     nearest = min(allowed, key=lambda s: abs(math.log(s.value / target)))
     message = (
