@@ -34,6 +34,7 @@ AXES = {
     ],
 }  # fmt: skip
 VALUES = [pytest.param(name, value, id=f"{name}-{i}") for name in AXES for i, value in enumerate(AXES[name])]
+NO_TRANSFORMERS = {"transformer_depth": [0, 0, 0], "middle_transformer_depth": 0}
 QUICK = ("mmdit-2", "crossdit-1", "unet-4")  # weight_sets 3, decoupled, joint with 3 sets; compiling takes seconds
 COMPILED = [pytest.param(*v.values, id=v.id, marks=[] if v.id in QUICK else pytest.mark.slow) for v in VALUES]
 
@@ -322,7 +323,7 @@ def test_a_block_compiles_whole_and_gives_the_same(name, fields):
         ({"name": "unet", "preset": "tiny", "text_stages": [0, 7]}, r"\[7\] have no transformers"),
         ({"name": "unet", "preset": "tiny", "text_in_query": True, "pooled_dim": None}, "pooled_dim is None"),
         ({"name": "unet", "preset": "tiny", "injection": "pooled", "text_in_query": True}, "no queries read text"),
-        ({"name": "unet", "preset": "tiny", "injection": "joint", "transformer_depth": [0] * 3, "middle_transformer_depth": 0}, "is 0"),
+        ({"name": "unet", "preset": "tiny", "injection": "joint", **NO_TRANSFORMERS}, "is 0"),
         ({"name": "unet", "preset": "tiny", "injection": "decoupled", "text_projection": "per_encoder"}, "in a U-Net"),
     ],
 )  # fmt: skip
