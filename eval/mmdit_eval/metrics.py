@@ -6,29 +6,27 @@ same functions judge a run, its snapshots and the ceiling (true pictures passed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 
-from mmdit import rng
 from mmdit.config import EmojiConfig, SuiteConfig
 from mmdit.data import make_dataset
-from mmdit.diffusion.loss import equidistant_levels, loss_by_level
-from mmdit.encoders.vae import to_pixels
+from mmdit.diffusion.loss import equidistant_levels
 from mmdit.pipeline import TextToImage
-from mmdit_eval.clip_score import clip_scores
+from mmdit_eval.clip_score import caption_embeds, clip_scores
 from mmdit_eval.distance_metrics import DISTANCES
-from mmdit_eval.features import Extractor, extract, extract_logits, hash_tensors, tiny_clip
+from mmdit_eval.features import Extractor, TextTower, extract, extract_logits, hash_tensors, load_extractor, tiny_clip
 from mmdit_eval.frechet import frechet_influence
 from mmdit_eval.inception_scores import inception_score_interval
 from mmdit_eval.moments import FloatArray
 from mmdit_eval.neighbours import memorisation
 from mmdit_eval.set_intervals import influence_interval
 from mmdit_eval.statistics import Estimate, mean_interval, wilson_interval
+from mmdit_eval.tasks import task_table
 
 VALIDATION_LEVELS = 8  # equidistant t; the mean leaves out t = 1, as in arXiv:2403.03206v1, 5.3
 
@@ -142,15 +140,25 @@ def _composition(drawn: Drawn) -> Measured:
             scores[name] = wilson_interval(applying)
             per_image[name] = values
     details = {key: result[key] for key in ("by_heldout_kind", "by_kind") if result[key]}
-    return Measured(scores, per_image, details=details)
+    return Measured(scores, per_image, details={**details, "tasks": task_table(result["per_image"])})
 
 
 def _clip_score(drawn: Drawn) -> Measured:
     """Score each picture against its own prompt by the tiny CLIP."""
-    clip = tiny_clip()
-    images, text = clip.image_embeds(drawn.images), clip.text_embeds(drawn.reference.captions)
-    values = clip_scores(images.double().cpu().numpy(), text.double().cpu().numpy())
-    return Measured({"clip_score": mean_interval(values)}, {"clip_score": [round(float(v), 4) for v in values]})
+    tower = load_extractor("tiny_clip").text
+    assert tower is not None
+    images = tiny_clip().image_embeds(drawn.images).double().cpu().numpy()
+    return score_captions(images, drawn.reference.captions, tower, drawn.suite.long_captions)
+
+
+def score_captions(images: FloatArray, captions: Sequence[str], tower: TextTower, policy: str) -> Measured:
+    """Score embeddings of pictures [N, e] against their captions; says how many captions were too long."""
+    text, long = caption_embeds(captions, tower, policy)
+    values = clip_scores(images, text)
+    details = {"long_captions": {"policy": policy, "limit": tower.limit, "over_limit": long}}
+    return Measured(
+        {"clip_score": mean_interval(values)}, {"clip_score": [round(float(v), 4) for v in values]}, details=details
+    )
 
 
 def _clip_hash() -> str:
@@ -215,34 +223,12 @@ def _training_features(config: Any, extractor: Extractor, batch_size: int) -> Fl
 
 def _validation_loss(drawn: Drawn) -> Measured:
     """Measure the training objective on the true pictures of the split; not defined without a denoiser."""
+    from mmdit_eval.validation import losses_by_level
+
     pipeline = drawn.pipeline
     if pipeline is None:
         return Measured()
-    device = next(pipeline.denoiser.parameters()).device
-    losses = []
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=pipeline.precision == "bf16"),
-    ):
-        for start in range(0, len(drawn.reference.indices), drawn.suite.batch_size):
-            rows = slice(start, start + drawn.suite.batch_size)
-            latents = pipeline.vae.encode(to_pixels(drawn.reference.images[rows]).to(device)).float()
-            conditioning = pipeline.encode(drawn.reference.captions[rows]).to(device)
-            noise = rng.normal(drawn.suite.seed, "val_noise", drawn.reference.indices[rows].tolist(), latents.shape[1:])
-            losses.append(
-                loss_by_level(
-                    pipeline.denoiser,
-                    latents,
-                    conditioning,
-                    torch.from_numpy(noise).to(device),
-                    VALIDATION_LEVELS,
-                    pipeline.schedule,
-                    pipeline.prediction,
-                )
-                .double()
-                .cpu()
-            )
-    table = torch.cat(losses, dim=1).numpy()  # [levels, N]
+    table = losses_by_level(pipeline, drawn.reference, equidistant_levels(VALIDATION_LEVELS), drawn.suite.seed)
     details = {
         "levels": equidistant_levels(VALIDATION_LEVELS).tolist(),
         "loss_by_level": [float(value) for value in table.mean(1)],
@@ -253,6 +239,21 @@ def _validation_loss(drawn: Drawn) -> Measured:
         {"validation_loss": mean_interval(per_image)},
         {"validation_loss": [round(float(value), 6) for value in per_image]},
         details=details,
+    )
+
+
+def _common_loss(drawn: Drawn) -> Measured:
+    """Measure the error of whatever was trained, in the velocity of rectified flow at equal ratios of noise to data."""
+    from mmdit_eval.validation import velocity_losses
+
+    if drawn.pipeline is None:
+        return Measured()
+    ratios, table = velocity_losses(drawn.pipeline, drawn.reference, VALIDATION_LEVELS, drawn.suite.seed)
+    per_image = table.mean(0)
+    return Measured(
+        {"common_loss": mean_interval(per_image)},
+        {"common_loss": [round(float(value), 6) for value in per_image]},
+        details={"common_loss_by_ratio": dict(zip(map(str, ratios), table.mean(1).tolist(), strict=True))},
     )
 
 
@@ -295,4 +296,5 @@ METRICS: dict[str, Metric] = {
     "inception_score": Metric(_inception_score, logits=True),
     "memorisation": Metric(_memorisation),
     "validation_loss": Metric(_validation_loss),
+    "common_loss": Metric(_common_loss),
 }

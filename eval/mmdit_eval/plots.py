@@ -138,6 +138,9 @@ def grid_figure(grid: Mapping[str, Any]) -> str:
 def sweep_figure(table: Mapping[str, Any]) -> str:
     """Draw a guidance sweep, one panel a split: distance over CLIP-score, each point with both intervals: base64 PNG.
 
+    Scales below 1 leave the prompt out in part and lie far away; where there are two others, these decide the view, and
+    what lies outside is written in the corner.
+
     Args:
         table: as `sweep.sweep_run` writes it.
     """
@@ -157,14 +160,31 @@ def sweep_figure(table: Mapping[str, Any]) -> str:
         )  # fmt: skip
         for i, point in enumerate(table["points"]):
             axis.annotate(
-                f"{point['guidance_scale']:g}", (x[i], y[i]), xytext=(7, 6), textcoords="offset points", fontsize=9
-            )
+                f"{point['guidance_scale']:g}", (x[i], y[i]), xytext=(7, 6), textcoords="offset points", fontsize=9,
+                annotation_clip=True,
+            )  # fmt: skip
         axis.set_title(f"{SPLIT_NAMES.get(split, split)}, {table['splits'][split]['num_images']:,} pictures a point",
                        fontsize=10, color="#30343b", loc="left")  # fmt: skip
         axis.set_xlabel(f"{across.label} (more is better)")
         axis.set_ylabel(f"{up.label} (less is better)")
-        axis.set_ylim(bottom=0)
+        _view_on_guided(axis, [p["guidance_scale"] for p in table["points"]], x, y, bars)
     return _png(figure)
+
+
+def _view_on_guided(
+    axis: Any, scales: Sequence[float], x: Sequence[float], y: Sequence[float], bars: Sequence[np.ndarray]
+) -> None:
+    """Set the limits by the points of scales from 1 upwards, and name the points that fall outside."""
+    kept = [i for i, scale in enumerate(scales) if scale >= 1]
+    if len(kept) < 2 or len(kept) == len(scales):
+        return
+    for values, spread, limits in ((x, bars[0], axis.set_xlim), (y, bars[1], axis.set_ylim)):
+        low, high = min(values[i] - spread[0, i] for i in kept), max(values[i] + spread[1, i] for i in kept)
+        room = (high - low) or 1.0
+        limits(low - 0.08 * room, high + 0.12 * room)
+    outside = [f"{scales[i]:g}: ({x[i]:.1f}, {y[i]:.1f})" for i in range(len(scales)) if i not in kept]
+    axis.text(0.98, 0.97, "outside, " + ", ".join(outside), transform=axis.transAxes, ha="right", va="top", fontsize=9,
+              color="#5f6368")  # fmt: skip
 
 
 def _error_bars(estimates: Sequence[Mapping[str, Any]], factor: float) -> np.ndarray:

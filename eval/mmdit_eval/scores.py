@@ -47,6 +47,8 @@ SCORES: dict[str, Score] = {
     "copied": Score("nearer to training than any new picture", -1, 100, 1, "%"),
     "closer": Score("closer to training than a new picture", -1, 100, 1, "%"),
     "validation_loss": Score("validation loss", -1, 1, 3),
+    "common_loss": Score("velocity loss", -1, 1, 3),  # of any target, converted
+    "vqa_score": Score("VQA score", +1, 100, 1, "%"),
 }
 
 # what a study is judged by first, where it is measured

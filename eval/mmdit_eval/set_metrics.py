@@ -12,15 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmdit_eval.clip_score import caption_embeds, clip_scores
 from mmdit_eval.distance_metrics import NEIGHBOURS
-from mmdit_eval.features import Extractor, TextTower
+from mmdit_eval.features import Extractor
 from mmdit_eval.frechet import FloatArray, frechet_influence
 from mmdit_eval.inception_scores import inception_score, inception_score_interval
-from mmdit_eval.metrics import Measured
+from mmdit_eval.metrics import Measured, score_captions
 from mmdit_eval.neighbours import manifold_intervals
 from mmdit_eval.set_intervals import cmmd_interval, frechet_infinity_interval, influence_interval, kernel_interval
-from mmdit_eval.statistics import mean_interval
 
 
 @dataclass(frozen=True)
@@ -107,16 +105,6 @@ def _clip_score(pair: Pair) -> Measured:
         )
     images = pair.clip.text.image_embeds(torch.from_numpy(pair.clip_features).float())
     return score_captions(images.double().numpy(), pair.captions, pair.clip.text, pair.long_captions)
-
-
-def score_captions(images: FloatArray, captions: Sequence[str], tower: TextTower, policy: str) -> Measured:
-    """Score embeddings of pictures [N, e] against their captions; says how many captions were too long."""
-    text, long = caption_embeds(captions, tower, policy)
-    values = clip_scores(images, text)
-    details = {"long_captions": {"policy": policy, "limit": tower.limit, "over_limit": long}}
-    return Measured(
-        {"clip_score": mean_interval(values)}, {"clip_score": [round(float(v), 4) for v in values]}, details=details
-    )
 
 
 SET_METRICS: dict[str, Callable[[Pair], Measured]] = {

@@ -335,6 +335,8 @@ def make_stamp(config: RunConfig, suite: SuiteConfig, references: Mapping[str, R
         "precision": config.train.precision,
         "weights": suite.weights,
     }
+    if suite.long_captions != "truncate":  # which goes without saying, as in results from before there was a choice
+        protocol["long_captions"] = suite.long_captions
     inference = {
         **{f"sampling.{name}": value for name, value in sampling.in_effect().items()},
         "diffusion.schedule": build_schedule(config.diffusion.schedule).describe(),
