@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -87,7 +87,7 @@ def measure(path: Path, dtype: str, device: str, size: int, steps: int, guidance
 
 
 def main(
-    path: Path,
+    path: Annotated[Path, tyro.conf.Positional],
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("bfloat16", "float32"),
     device: str = "cpu",
     size: int = 512,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmdit.encoders.saving import save_text_encoders
 from mmdit.encoders.text import load_text_encoders
 from mmdit.encoders.vae import load_vae, save_vae
 from mmdit.registry import lookup
@@ -136,19 +137,26 @@ def _diffusers_tensors(
             yield key, Lazy(shape, whole.dtype, partial(load, whole, target, index))
 
 
-def _stored_dtype(path: Path, subfolders: tuple[str, ...], names: tuple[str, ...]) -> torch.dtype | None:
-    """Return the one dtype that parts of a file are stored in, so that loading them keeps their bits."""
-    files = open_weights(path, subfolders)
-    parts = detect(files).parts
-    keys = [key for name in names if name in parts for key in parts[name].keys]
-    found = {files.dtype(key) for key in keys} - {torch.int64, torch.int32}
-    return found.pop() if len(found) == 1 else torch.float32
+def _stored_dtype(path: Path, folders: tuple[str, ...], names: tuple[str, ...]) -> torch.dtype:
+    """Return the dtype that parts of a file or folder are stored in, so that loading them keeps their bits.
+
+    float32 where they are stored in several, or in one that no network runs in.
+    """
+    places = [path / folder for folder in folders if (path / folder).is_dir()] if path.is_dir() else []
+    if path.is_dir() and not places:
+        places = sorted(path.rglob(f"*{SUFFIX}"))
+    found = set()
+    for place in places or [path]:
+        files = open_weights(place)
+        parts = detect(files).parts
+        keys = [key for name in names if name in parts for key in parts[name].keys] or files.keys()
+        found |= {files.dtype(key) for key in keys if files.dtype(key).is_floating_point}
+    dtype = found.pop() if len(found) == 1 else torch.float32
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
 def _convert_vae(path: Path, out: Path, layout: str, dtype: torch.dtype | None) -> list[Path]:
     stored = _stored_dtype(path, ("vae",), ("vae",))
-    if stored not in (torch.float16, torch.bfloat16, torch.float32):
-        stored = torch.float32
     file = out if layout == "diffusers" or out.suffix == SUFFIX else out / f"vae{SUFFIX}"
     return [save_vae(load_vae(path, dtype=stored), file, layout, dtype=dtype)]
 
@@ -156,15 +164,9 @@ def _convert_vae(path: Path, out: Path, layout: str, dtype: torch.dtype | None) 
 def _convert_text(
     path: Path, out: Path, layout: str, dtype: torch.dtype | None, shard_size: int | str | None
 ) -> list[Path]:
-    from mmdit.encoders.saving import save_text_encoders
-
-    folders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    stored = torch.float32 if path.is_dir() and not any((path / f).is_dir() for f in folders) else None
-    if stored is None:
-        stored = _stored_dtype(path, folders, _TEXT)
-    if stored not in (torch.float16, torch.bfloat16, torch.float32):
-        stored = torch.float32
-    return save_text_encoders(load_text_encoders(path, dtype=stored), out, layout, dtype=dtype, shard_size=shard_size)
+    stored = _stored_dtype(path, ("text_encoder", "text_encoder_2", "text_encoder_3"), _TEXT)
+    text = load_text_encoders(path, dtype=stored)
+    return save_text_encoders(text, out, layout, dtype=dtype or stored, shard_size=shard_size)
 
 
 def _convert_all(

@@ -173,3 +173,29 @@ def test_what_we_train_is_converted_like_a_release(tmp_path, release):
     save_denoiser(load_denoiser(release), tmp_path / "mine.safetensors")
     convert(tmp_path / "mine.safetensors", tmp_path / "there", "diffusers")
     assert same_numbers(load_denoiser(tmp_path / "there"), load_denoiser(release))
+
+
+def test_text_encoders_are_converted_there_and_back(tmp_path):
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    shape = {"num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 49408, "eos_token_id": 49407}
+    clip_l = CLIPTextModelWithProjection(
+        CLIPTextConfig(hidden_size=64, num_attention_heads=1, projection_dim=64, **shape)
+    )
+    clip_g = CLIPTextModelWithProjection(
+        CLIPTextConfig(hidden_size=128, num_attention_heads=2, projection_dim=128, **shape)
+    )
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=99, d_model=192, d_kv=8, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    )
+    with torch.no_grad():
+        clip_l.text_projection.weight.copy_(torch.eye(64))
+    for name, model in (("text_encoder", clip_l), ("text_encoder_2", clip_g), ("text_encoder_3", t5)):
+        model.half().save_pretrained(tmp_path / "theirs" / name)
+    convert(tmp_path / "theirs", tmp_path / "text.safetensors", "original", part="text")
+    files = open_weights(tmp_path / "text.safetensors")
+    assert {key.split(".")[1] for key in files} == {"clip_l", "clip_g", "t5xxl"}
+    assert {files.dtype(key) for key in files} == {torch.float16}
+    convert(tmp_path / "text.safetensors", tmp_path / "back", "diffusers", part="text")
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        assert equal(tmp_path / "theirs" / name, tmp_path / "back" / name)
