@@ -6,6 +6,7 @@ The network itself is `mmdit.encoders.autoencoder`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,10 +176,17 @@ def load_vae(
     expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     found = {name: names.original_shape(name, files.shape(key)) for name, key in sources.items()}
     check_shapes("the VAE that its shapes describe", files.path, expected, found)
-    state = {name: files.read(sources[name], dtype, device).reshape(shape) for name, shape in expected.items()}
+    state = {}
+    # tensors go through one buffer into the network's memory format: one of their own each fragments the heap to double
+    buffer = torch.empty(max(math.prod(shape) for shape in expected.values()), dtype=dtype, device=device)
+    for name, shape in expected.items():
+        read = files.read_into(sources[name], buffer[: math.prod(shape)].view(files.shape(sources[name])))
+        memory_format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        state[name] = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+        state[name].copy_(read.view(shape))
     vae.load_state_dict(state, strict=True, assign=True)
     vae.make_statistics(device)
-    return vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return vae.eval().requires_grad_(False)
 
 
 def _open(path: str | Path, family: str | None) -> tuple[WeightFiles, dict[str, str], dict[str, Any]]:

@@ -2,12 +2,17 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from mmdit.config import VAEConfig
+from mmdit.encoders.autoencoder import AutoencoderKL
 from mmdit.encoders.released import load_tower, our_name, tower_config
 from mmdit.encoders.text import load_text_encoders
 from mmdit.encoders.tokenizers import TINY
@@ -370,3 +375,50 @@ def find_part(shapes):
     from mmdit.weights.text_files import TextPart
 
     return TextPart("clip_l", OnlyShapes(shapes), name_sources("clip_l", shapes))
+
+
+MEMORY = """
+import re, sys, torch
+from pathlib import Path
+import transformers.models.t5.modeling_t5, transformers.models.clip.modeling_clip  # imports, before the baseline
+from mmdit.encoders.text import load_text_encoders
+from mmdit.encoders.tokenizers import ClipTokenizer
+from mmdit.encoders.vae import load_vae
+
+def peak():  # of this process alone; ru_maxrss begins with its parent's
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+kept, dtype = ClipTokenizer(cleaned=False), getattr(torch, sys.argv[2])
+torch.randn(64, 64) @ torch.randn(64, 64)
+before = peak()
+if sys.argv[3] == "vae":
+    modules = [load_vae(sys.argv[1], dtype=dtype)]
+else:
+    modules = [tower.module for tower in load_text_encoders(sys.argv[1], dtype=dtype).towers.values()]
+print((peak() - before) / sum(parameter.nbytes for module in modules for parameter in module.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux' /proc")
+@pytest.mark.slow  # a process each, which imports torch and transformers
+@pytest.mark.parametrize(
+    ("part", "stored", "wanted"),
+    [("t5", "float16", "bfloat16"), ("sdxl", "float16", "float16"), ("vae", "float16", "float32")],
+)
+def test_loading_takes_little_more_memory_than_the_weights(part, stored, wanted, tmp_path):
+    with torch.device("meta"):
+        if part == "vae":
+            module = AutoencoderKL(VAEConfig(block_channels=(128, 256, 512, 512)))
+        elif part == "t5":
+            module = T5EncoderModel(T5Config(**{**tiny.T5, "d_model": 2048, "d_ff": 5120, "num_layers": 3}))
+        else:
+            wide = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+            module = CLIPTextModelWithProjection(CLIPTextConfig(**{**tiny.CLIP_G, **wide}))
+    state = module.to(getattr(torch, stored)).to_empty(device="cpu").state_dict()
+    if part == "sdxl":
+        state = {f"conditioner.embedders.1.model.{k}": v for k, v in tiny.open_clip_names(state).items()}
+    state.pop("encoder.embed_tokens.weight", None)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "m.safetensors")
+    code = [sys.executable, "-c", MEMORY, str(tmp_path / "m.safetensors"), wanted, part]
+    ratio = float(subprocess.run(code, capture_output=True, text=True, check=True).stdout)
+    assert 0.9 < ratio < 1.15
