@@ -9,14 +9,16 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdit.config import EncodersConfig, RunConfig
+from mmdit.config import EncodersConfig, ModelConfig, RunConfig, SamplingConfig
 from mmdit.data import make_dataset
 from mmdit.denoiser import Conditioning, Streams
+from mmdit.diffusion import build_schedule
 from mmdit.encoders.axes import apply_padding
 from mmdit.encoders.text import TextEncoders, load_run_text
 from mmdit.encoders.vae import load_vae
 from mmdit.models import build_denoiser
 from mmdit.presets import VAE_WIDTHS
+from mmdit.sampling.cost import SamplingMeter
 
 _CAPTIONS = 128  # captions looked at for the length of a trimmed batch
 
@@ -28,8 +30,9 @@ class Cost(NamedTuple):
         parameters: trained ones.
         flops: of one forward of one image, 2 a multiply-add.
         tokens: text tokens of it.
-        evaluations: forwards that drawing one image takes, guidance and all steps included; 0: not worked out.
-        image_flops: FLOPs of these forwards.
+        evaluations: rows through the network that drawing one image takes, guidance and all steps included; 0: not
+            worked out.
+        image_flops: FLOPs of these.
     """
 
     parameters: int
@@ -46,28 +49,59 @@ def cost_of(config: RunConfig) -> Cost:
         FileNotFoundError: the data have not been built.
     """
     tokens, context_dim, pooled_dim, streams = text_shape(config)
-    height, width = latent_size(config)
-    channels = _vae_shape(config.encoders.vae)[1]
+    shape = (_vae_shape(config.encoders.vae)[1], *latent_size(config))
+    parameters, flops = _count(config.model, shape, tokens, context_dim, pooled_dim, streams)
+    return Cost(parameters, flops, tokens)
+
+
+@lru_cache(maxsize=256)
+def _count(
+    model: ModelConfig, shape: tuple[int, ...], tokens: int, width: int, pooled_dim: int | None, streams: Streams | None
+) -> tuple[int, int]:
+    """Parameters, and FLOPs of one forward of one image."""
+    denoiser = _on_meta(model)
     with torch.device("meta"):
-        denoiser = build_denoiser(config.model).eval()
-        latents, timestep = torch.zeros(1, channels, height, width), torch.zeros(1)
         pooled = None if pooled_dim is None else torch.zeros(1, pooled_dim)
-        conditioning = Conditioning(torch.zeros(1, tokens, context_dim), pooled, streams=streams)
+        conditioning = Conditioning(torch.zeros(1, tokens, width), pooled, streams=streams)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            denoiser(latents, timestep, conditioning)
+            denoiser(torch.zeros(1, *shape), torch.zeros(1), conditioning)
     parameters = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
-    return Cost(parameters, int(counter.get_total_flops()), tokens)
+    return parameters, int(counter.get_total_flops())
+
+
+@lru_cache(maxsize=64)
+def _on_meta(model: ModelConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        denoiser: torch.nn.Module = build_denoiser(model).eval()
+    return denoiser
 
 
 def drawing_cost(config: RunConfig, cost: Cost) -> Cost:
-    """Add what drawing one image takes: forwards of the sampler's grid, twice where guidance acts.
+    """Add what drawing one image takes: rows through the network over the sampler's steps, guidance included.
 
-    Heun looks twice at every step but the last. FLOPs of text encoders and VAE are not counted.
+    FLOPs of text encoders and VAE are not counted.
     """
-    sampling = config.sampling
-    looks = 2 * sampling.num_steps - 1 if sampling.sampler == "heun" else sampling.num_steps
-    evaluations = looks * (1 if sampling.guidance_scale in (0.0, 1.0) else 2)
-    return cost._replace(evaluations=evaluations, image_flops=evaluations * cost.flops)
+    found = sampling_meter(config).cost(config.sampling)
+    return cost._replace(evaluations=found.evaluations, image_flops=found.flops)
+
+
+def sampling_meter(config: RunConfig) -> SamplingMeter:
+    """Return what counts the cost of a picture of this run under any sampling."""
+    neutral = {"name": "any", "seed": 0, "sampling": SamplingConfig()}
+    return _meter(config.model_copy(update=neutral).model_dump_json())
+
+
+@lru_cache(maxsize=64)
+def _meter(config_json: str) -> SamplingMeter:
+    config = RunConfig.model_validate_json(config_json)
+    tokens, context_dim, pooled_dim, streams = text_shape(config)
+    mask = None if config.encoders.padding == "attend" else torch.ones(1, tokens, dtype=torch.bool)
+    pooled = None if pooled_dim is None else torch.zeros(1, pooled_dim)
+    conditioning = Conditioning(torch.zeros(1, tokens, context_dim), pooled, mask, streams)
+    denoiser = _on_meta(config.model)
+    shape = (_vae_shape(config.encoders.vae)[1], *latent_size(config))
+    schedule = build_schedule(config.diffusion.schedule)
+    return SamplingMeter(denoiser, schedule, config.diffusion.prediction, conditioning, conditioning, shape)
 
 
 def check_match(costs: Mapping[str, Cost], within: float, by: str = "parameters") -> str | None:

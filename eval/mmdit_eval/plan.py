@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mmdit.config import (
     Cells,
     ConfigError,
+    ModelConfig,
     RunConfig,
     StudyConfig,
     confounded_rows,
@@ -22,9 +24,9 @@ from mmdit.config import (
     to_tree,
     trainings,
 )
-from mmdit.models.matching import NoMatchError, solve
+from mmdit.models.matching import By, Match, NoMatchError, solve
 from mmdit.registry import lookup
-from mmdit_eval.cost import Cost, check_match, cost_of, drawing_cost, latent_size
+from mmdit_eval.cost import Cost, check_match, cost_of, drawing_cost, latent_size, sampling_meter
 from mmdit_eval.scores import SCORES
 from mmdit_eval.suite import check_suite
 
@@ -116,15 +118,26 @@ def _matched(study: StudyConfig, cells: Cells, source: str) -> tuple[Cells, dict
             solved[row] = configs
             continue
         try:
-            match = solve(
-                config.model, target, study.match.by, tokens=cost_of(config).tokens, latent_size=latent_size(config),
-                within=study.match.within,
-            )  # fmt: skip
+            tokens, size = cost_of(config).tokens, latent_size(config)
+            match = _solved(config.model, target, study.match.by, tokens, size, study.match.within)
         except NoMatchError as error:
             raise ConfigError(f"{source}: row {row!r}: {error}") from None
         notes[row] = match.note
         solved[row] = {seed: c.model_copy(update={"model": match.config}) for seed, c in configs.items()}
     return solved, notes
+
+
+@lru_cache(maxsize=64)
+def _solved(
+    model: ModelConfig,
+    target: int,
+    by: Literal["parameters", "flops"],
+    tokens: int,
+    size: tuple[int, int],
+    within: float,
+) -> Match:
+    """Solve one backbone; rows that share it need no second look."""
+    return solve(model, target, by, tokens=tokens, latent_size=size, within=within)
 
 
 def _with_images(config: RunConfig, images: float, row: str) -> RunConfig:
@@ -136,27 +149,18 @@ def _with_images(config: RunConfig, images: float, row: str) -> RunConfig:
 
 
 def _equal_drawing(study: StudyConfig, cells: Cells, costs: Mapping[str, Cost]) -> Cells:
-    """Solve every row's sampling steps: an image costs at most what it costs the reference row."""
+    """Solve every row's sampling steps: a picture costs what it costs the reference row, or nearly."""
     reference = reference_row(study, cells)
-    allowed = drawing_cost(next(iter(cells[reference].values())), costs[reference]).image_flops
+    budget = drawing_cost(next(iter(cells[reference].values())), costs[reference]).image_flops
     solved: Cells = {}
     for row, configs in cells.items():
         config = next(iter(configs.values()))
-        steps = 1
-        while _drawing(config, costs[row], steps + 1) <= allowed:
-            steps += 1
-        if _drawing(config, costs[row], steps) > allowed * 1.05:
-            raise ConfigError(f"row {row!r} cannot draw an image for the FLOPs of row {reference!r}, even in one step")
-        solved[row] = {seed: _with_steps(c, steps) for seed, c in configs.items()}
+        try:
+            sampling = sampling_meter(config).solve_steps(config.sampling, budget)
+        except ValueError as error:
+            raise ConfigError(f"row {row!r}: equal_flops: {error}") from None
+        solved[row] = {seed: c.model_copy(update={"sampling": sampling}) for seed, c in configs.items()}
     return solved
-
-
-def _with_steps(config: RunConfig, steps: int) -> RunConfig:
-    return config.model_copy(update={"sampling": config.sampling.model_copy(update={"num_steps": steps})})
-
-
-def _drawing(config: RunConfig, cost: Cost, steps: int) -> int:
-    return drawing_cost(_with_steps(config, steps), cost).image_flops
 
 
 # --- what it will take --------------------------------------------------------------------------------------------

@@ -24,6 +24,9 @@ CONDITIONING_AXES = (
     "sampling.guidance_scale",
     "sampling.guidance_interval",
     "sampling.negative_guidance",
+    "sampling.skip_layer",
+    "sampling.kv_subtract",
+    "sampling.nag",
 )
 _ROW_NAME = re.compile(r"\w[\w.+=,-]{0,119}")
 

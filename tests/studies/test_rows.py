@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 from mmdit_eval.book import FORMAT, read_book
-from mmdit_eval.cost import Cost, drawing_cost
+from mmdit_eval.cost import drawing_cost
 from mmdit_eval.plan import STATED_RATE, cell_seconds, disk_bytes, make_plan
 from mmdit_eval.study import run_study
 
@@ -13,7 +13,6 @@ from mmdit.config import (
     ConfigError,
     StudyConfig,
     confounded_rows,
-    load_config,
     load_study,
     merge,
     parse_overrides,
@@ -156,16 +155,20 @@ def test_steps_are_solved_for_equal_flops_a_picture(write):
     assert [plan.costs[row].evaluations for row in rows] == [20, 20]
 
 
-def test_evaluations_of_a_picture():
-    config, cost = load_config(), Cost(1, 10, 1)
+def test_evaluations_of_a_picture(write):
+    plan = make_plan(load(write()))
+    config, cost = plan.first("plain"), plan.costs["plain"]
 
-    def evaluations(**sampling):
+    def drawn(**sampling):
         changed = config.sampling.model_copy(update=sampling)
         return drawing_cost(config.model_copy(update={"sampling": changed}), cost)
 
-    assert evaluations(num_steps=8, guidance_scale=4.0)[3:] == (16, 160)
-    assert evaluations(num_steps=8, guidance_scale=1.0).evaluations == 8
-    assert evaluations(num_steps=8, guidance_scale=1.0, sampler="heun").evaluations == 15
+    assert drawn(num_steps=8, guidance_scale=4.0)[3:] == (16, 16 * cost.flops)
+    assert drawn(num_steps=8, guidance_scale=1.0).evaluations == 8
+    assert drawn(num_steps=8, guidance_scale=1.0, sampler="heun").evaluations == 15
+    nag = drawn(num_steps=8, negative_guidance="nag")
+    assert nag.evaluations == 8
+    assert 8 * cost.flops < nag.image_flops < 16 * cost.flops
 
 
 def test_time_and_disk_are_told_beforehand(write):
