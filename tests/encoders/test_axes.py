@@ -1,11 +1,13 @@
 """The text axes: which encoders speak, what is pooled and where, what dropping does; zeros in place of the absent."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
 
 from mmdit.config import CaptionDropoutConfig, EncodersConfig
+from mmdit.data.shapes import draw_scene
 from mmdit.encoders.axes import drop_captions, join
 from mmdit.encoders.text import TextEncoders, load_run_text, load_text_encoders
 
@@ -209,3 +211,38 @@ def test_joining_keeps_the_order_of_rows_and_the_streams(tiny):
     assert torch.equal(joined.context, direct.context)
     assert torch.equal(joined.pooled, direct.pooled)
     assert joined.streams == direct.streams
+
+
+# --- captions beyond what an encoder reads --------------------------------------------------------------------------
+
+
+def long_pair(index, max_objects):
+    """A long caption of a scene, and one with other colours of the late objects; None where those make other groups."""
+    scene = draw_scene(0, index, "train", max_objects)
+    other = {"red": "cyan", "cyan": "red"}
+    objects = tuple(
+        replace(item, colour=other.get(item.colour, "red")) if i in scene.late else item
+        for i, item in enumerate(scene.objects)
+    )
+    changed = replace(scene, objects=objects)
+    return (scene.long(), changed.long()) if changed.groups == scene.groups else None
+
+
+@pytest.mark.parametrize("max_objects", [1, 2, 6])
+def test_late_objects_are_told_by_a_t5_of_154_tokens_alone(tiny, max_objects):
+    """What a study of T5's length rests on: 77 tokens, of CLIP or of T5, say nothing of the late objects."""
+    pairs = [pair for i in range(40) if (pair := long_pair(i, max_objects)) is not None]
+    assert len(pairs) > 30
+    first, second = zip(*pairs, strict=True)
+    assert all(a != b for a, b in pairs)
+    short = tiny.under(None, "clip+t5", "mean")
+    a, b = short.encode(first, "mask"), short.encode(second, "mask")
+    assert torch.equal(a.context, b.context)
+    assert torch.equal(a.pooled, b.pooled)
+    long = load_run_text(EncodersConfig(t5_length=154))
+    a, b = long.encode(first, "mask"), long.encode(second, "mask")
+    assert torch.equal(a.context[:, :77], b.context[:, :77])
+    assert ((a.context - b.context).abs().amax(dim=(1, 2)) > 0.1).all()
+    assert a.context_mask[:, 77:].sum(dim=1).max() <= 154  # and none of them is cut
+    ends = [len(row) for row in long.tokenizers["t5"](list(first), 10_000)]
+    assert max(ends) <= 154
