@@ -131,7 +131,7 @@ def _matched(study: StudyConfig, cells: Cells, source: str) -> tuple[Cells, dict
 def _solved(
     model: ModelConfig,
     target: int,
-    by: Literal["parameters", "flops"],
+    by: By,
     tokens: int,
     size: tuple[int, int],
     within: float,
