@@ -1,5 +1,8 @@
 """What is in memory when; the pictures are the same at every level."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +57,23 @@ def test_with_offload_text_encoders_and_denoiser_are_never_in_memory_together(ti
         images = pipeline(["a red circle", "a star"], seed=3, size=(64, 96), num_steps=2, batch_size=1)
         assert np.array_equal(images, expected)
     assert set(together) == {1}
+
+
+def test_what_is_put_away_is_free_at_once(tiny_release):
+    pipeline = TextToImage.load(tiny_release("sd3").folder, dtype="fp32", device="cpu", offload="encoders", tables=True)
+    gc.disable()  # nothing may wait for it
+    try:
+        pipeline(["a star"], size=64, num_steps=1)
+        BlockStream(pipeline.denoiser, CPU, torch.clone)
+        modules = [pipeline.denoiser, *(tower.module for tower in pipeline.text.towers.values())]
+        held = [weakref.ref(parameter) for module in modules for parameter in module.parameters()]
+        del modules
+        pipeline._denoiser.put_away()
+        pipeline._text.put_away()
+        assert len(held) > 100
+        assert all(parameter() is None for parameter in held)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("family", ["sd3", "sdxl"])
