@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from mmdit.checkpoint import CONFIG, MANIFEST
+from mmdit.config import DiffusionConfig
 from mmdit.releases import Release, find_release
 from mmdit.weights.denoiser import open_denoiser
 from mmdit.weights.detect import detect
@@ -18,6 +20,7 @@ from mmdit.weights.header import PICKLES
 from mmdit.weights.text import ENCODERS, FOLDERS
 from mmdit.weights.text_files import find_text
 
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}  # diffusers' names and ours
 TextPaths = str | Path | Mapping[str, str | Path]
 
 
@@ -100,13 +103,14 @@ def find_sources(
     """
     path, overrides = Path(path), overrides or {}
     files, part, config = open_denoiser(path, **overrides.get("denoiser", {}))
-    release = _release(files, family)
+    release = _as_its_folder_says(_release(files, family), path / "scheduler" / "scheduler_config.json")
     parts = {"denoiser": Found(files, part.keys)}
     vae_path, text_path = Path(vae or path), _paths(text) if text is not None else path
     if need_vae:
         found = _vae(vae_path)
         if found is None:
             raise ValueError(_lacking(release, "vae", vae_path))
+        _check_channels(path, config, found)
         parts["vae"] = found
     missing: tuple[str, ...] = ()
     if need_text:
@@ -132,6 +136,46 @@ def _release(files: WeightFiles, family: str | None) -> Release:
             f"are not known. Say which it follows: family='sd3', for instance"
         )
     return find_release(found)
+
+
+def _as_its_folder_says(release: Release, file: Path) -> Release:
+    """Take schedule and prediction from a diffusers folder where it states them: fine-tunes change them.
+
+    Raises:
+        ValueError: it states something that is not known here.
+    """
+    if not file.is_file():
+        return release
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); download it again") from error
+    for name in ("use_dynamic_shifting", "rescale_betas_zero_snr"):
+        if stated.get(name):
+            raise ValueError(f"{file} states {name}, which no released family has and is not known here")
+    tree = release.diffusion.model_dump()
+    if tree["schedule"]["name"] == "rectified_flow":
+        tree["schedule"]["shift"] = stated.get("shift", tree["schedule"]["shift"])
+    else:
+        prediction = stated.get("prediction_type", "epsilon")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"{file} states prediction_type {prediction!r}; known are {', '.join(PREDICTIONS)}")
+        tree["prediction"] = PREDICTIONS[prediction]
+        names = {"betas": "beta_schedule", "beta_start": "beta_start", "beta_end": "beta_end"}
+        tree["schedule"] |= {ours: stated[theirs] for ours, theirs in names.items() if theirs in stated}
+    return replace(release, diffusion=DiffusionConfig.model_validate(tree))
+
+
+def _check_channels(path: Path, config: Any, vae: Found) -> None:
+    """Refuse a denoiser that reads or gives other channels than the VAE has, such as an inpainting model."""
+    entrance = next((key for key in vae.keys if key.endswith("decoder.conv_in.weight")), None)
+    channels = config.in_channels if entrance is None else vae.files.shape(entrance)[1]
+    if channels != config.in_channels or channels != config.out_channels:
+        raise ValueError(
+            f"{path} holds a denoiser that reads {config.in_channels} channels and gives {config.out_channels}; the "
+            f"VAE has {channels}. A model for inpainting or editing reads more than latents and cannot draw from text "
+            f"alone; otherwise give the VAE it was trained with"
+        )
 
 
 def _paths(text: TextPaths) -> Path | dict[str, Path]:

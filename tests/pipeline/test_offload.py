@@ -166,5 +166,5 @@ def test_tables_larger_than_the_weights_are_not_built(tiny_release):
     def look(step):
         seen.append(sum(isinstance(m, Modulation) for m in pipeline.denoiser.modules()))
 
-    pipeline([f"{i} stars" for i in range(9)], size=64, num_steps=15, on_step=look)
+    pipeline([f"{i} stars" for i in range(9)], size=64, num_steps=15, batch_size=9, on_step=look)
     assert set(seen) == {7}

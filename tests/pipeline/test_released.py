@@ -75,6 +75,12 @@ def test_the_family_decides_and_can_be_said(tiny_release):
         find_sources(folder, family="sd3.5_medum")
 
 
+def test_a_denoiser_for_other_channels_is_refused(single_file, tiny_release):
+    path, overrides = single_file("sd1.5", ("denoiser",))
+    with pytest.raises(ValueError, match=r"reads 4 channels and gives 4; the VAE has 16\. A model for inpainting"):
+        find_sources(path, vae=tiny_release("sd3").folder, overrides=overrides)
+
+
 def test_sizes_beyond_the_position_table_are_refused_with_the_largest(sd3):
     assert (sd3.grain, sd3.largest) == (16, 12 * 16)
     with pytest.raises(ValueError, match="208x64 exceeds the denoiser's table of positions: at most 192x192 pixels"):

@@ -1,5 +1,8 @@
 """Released pipelines against diffusers': the same weights, prompts and first noise give the same latents."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -55,8 +58,10 @@ FAMILIES = ["sd3", "sd3.5_medium", "sd1.5", "sdxl"]
 EXTRA = {"sd3": {"max_sequence_length": 77}, "sd3.5_medium": {"max_sequence_length": 77}}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("negative", [None, NEGATIVE])
+@pytest.mark.parametrize(
+    ("family", "negative"),
+    [("sd3", None), ("sd3.5_medium", NEGATIVE), ("sd1.5", None), ("sdxl", None), ("sdxl", NEGATIVE)],
+)
 def test_a_diffusers_folder_gives_diffusers_latents(tiny_release, family, negative):
     release = tiny_release(family)
     pipeline = load(release)
@@ -146,6 +151,25 @@ def test_sd15_equals_ddim_of_diffusers_up_to_its_last_step(tiny_release):
         release.pipe.scheduler = euler
     assert pipeline.sampling.sampler == "ddim"
     assert_same(ours(pipeline), expected)
+
+
+def test_a_folder_that_states_v_prediction_or_another_shift_is_followed(tiny_release, tmp_path):
+    for family, change in (("sd1.5", {"prediction_type": "v_prediction"}), ("sd3", {"shift": 1.5})):
+        release = tiny_release(family)
+        folder = shutil.copytree(release.folder, tmp_path / family)
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        pipeline = TextToImage.load(folder, dtype="fp32", device="cpu")
+        before = release.pipe.scheduler
+        release.pipe.scheduler = type(before).from_config({**before.config, **change})
+        try:
+            expected = theirs(release, pipeline, **EXTRA.get(family, {}))
+        finally:
+            release.pipe.scheduler = before
+        assert_same(ours(pipeline, sampler="euler"), expected)
+        file.write_text(json.dumps({"prediction_type": "flow", "use_dynamic_shifting": family == "sd3"}))
+        with pytest.raises(ValueError, match=r"not known here|known are epsilon"):
+            TextToImage.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize("family", ["sd3", "sdxl"])
