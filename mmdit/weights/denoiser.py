@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from mmdit.weights.detect import Part, denoiser_parts, find_denoiser, infer_fiel
 from mmdit.weights.diffusers_config import check_fits_diffusers, from_diffusers_config, to_diffusers_config
 from mmdit.weights.empty import empty_denoiser
 from mmdit.weights.files import SUFFIX, WeightFiles, open_weights
+from mmdit.weights.fit import Shapes, check_shapes
 from mmdit.weights.header import WeightsError, sync
 from mmdit.weights.heads import resolve_heads
 from mmdit.weights.source import Source
@@ -231,10 +232,15 @@ def _unet_to_diffusers(state: Mapping[str, T], config: UNetConfig) -> dict[str, 
 
 def read_source(files: WeightFiles, source: Source, target: Tensor) -> None:
     """Read one tensor of ours into its place, joining and swapping as the source says."""
-    for key, part in zip(source.keys, target.chunk(len(source.keys)), strict=True):
+    for key, part in zip(source.keys, _parts(target, source), strict=True):
         files.read_into(key, part)
     if source.swapped:
         target.copy_(sd3.swap_halves(target))
+
+
+def _parts(tensor: Tensor, source: Source) -> Sequence[Tensor]:
+    """Return the views of a tensor of ours that the keys of its source fill."""
+    return (tensor,) if len(source.keys) == 1 else tensor.chunk(len(source.keys))
 
 
 def check_fit(
@@ -249,66 +255,40 @@ def check_fit(
     Raises:
         WeightsError: tensors are missing, unexpected or of another shape, or stored as scaled fp8.
     """
-    missing, unexpected, shaped = compare(files, part, expected, sources)
-    needed = {key for source in sources.values() for key in source.keys}
-    if missing or unexpected or shaped:
-        faults = [_listed(missing, "missing"), _listed(unexpected, "unexpected"), _listed(shaped, "of another shape")]
-        raise WeightsError(
-            f"{files.path} does not fit the {part.backbone} that its shapes describe ({len(needed)} tensors): "
-            f"{'; '.join(fault for fault in faults if fault)}. Likely cause: "
-            f"{likely_cause(missing, unexpected, shaped, needed, overrides)}"
-        )
+    needed, found = stored_shapes(files, part, expected, sources)
+    what, cause = f"the {part.backbone} that its shapes describe", likely_cause(needed, found, overrides)
+    check_shapes(what, files.path, needed, found, cause)
     files.refuse_scaled(sorted(needed))
 
 
-def compare(
+def stored_shapes(
     files: WeightFiles, part: Part, expected: Mapping[str, Tensor], sources: Mapping[str, Source]
-) -> tuple[list[str], list[str], list[str]]:
-    """Return the keys a denoiser misses in a file, those of the file it does not know, and wrong shapes in words."""
-    missing, shaped = [], []
+) -> tuple[Shapes, Shapes]:
+    """Return {key of the file: shape} as the network needs them, and as the file has them."""
+    needed: dict[str, tuple[int, ...]] = {}
     for ours, source in sources.items():
-        shape = list(expected[ours].shape)
-        if len(source.keys) > 1:
-            shape[0] //= len(source.keys)
-        for key in source.keys:
-            if key not in files:
-                missing.append(key)
-            elif list(files.shape(key)) != shape:
-                shaped.append(f"{key} is {list(files.shape(key))}, expected {shape}")
-    needed = {key for source in sources.values() for key in source.keys}
-    return missing, [key for key in part.keys if key not in needed], shaped
+        for key, part_of_ours in zip(source.keys, _parts(expected[ours], source), strict=True):
+            needed[key] = tuple(part_of_ours.shape)
+    there = dict.fromkeys((*part.keys, *(key for key in needed if key in files)))
+    return needed, {key: files.shape(key) for key in there}
 
 
-def likely_cause(
-    missing: list[str], unexpected: list[str], shaped: list[str], needed: set[str], overrides: Mapping[str, Any]
-) -> str:
-    """Guess in words why a file does not fit."""
-    if shaped and overrides:
+def likely_cause(needed: Shapes, found: Shapes, overrides: Mapping[str, Any]) -> str:
+    """Guess in words why a file does not fit; empty where `check_shapes` knows as much."""
+    missing, unexpected = needed.keys() - found.keys(), found.keys() - needed.keys()
+    if overrides and any(needed[key] != found[key] for key in needed.keys() & found.keys()):
         return f"the overrides ({', '.join(overrides)}) contradict the file; leave them out"
-    if any("lora" in key.lower() for key in unexpected):
-        return "a LoRA was saved together with the weights; merge it first, or load the base model"
     if any("controlnet" in key for key in unexpected):
         return "this is a ControlNet; load the base model it belongs to"
-    if any(key.endswith((".scale_weight", ".weight_scale", "scaled_fp8", ".scale_input")) for key in unexpected):
-        return "the weights are scaled fp8, which is not read; use the fp16 or bf16 file, or the plain fp8_e4m3fn one"
-    absent = _blocks(missing) - _blocks(needed - set(missing))
+    absent = _blocks(missing) - _blocks(needed.keys() & found.keys())
     if absent or any(".context_block.mlp." in key or ".ff_context." in key for key in unexpected):
         return "this is a part of a sharded set; give the folder, or the index.json"
-    if shaped or unexpected:
-        return "the file is of a variant or another family that has the same names in part"
-    return "the file is incomplete; take it from the release again"
+    return ""
 
 
 def _blocks(keys: Iterable[str]) -> set[str]:
     """Return the blocks that keys are of."""
     return {match[0] for match in map(_BLOCK.search, keys) if match}
-
-
-def _listed(entries: list[str], what: str) -> str:
-    if not entries:
-        return ""
-    more = f" and {len(entries) - 10} more" if len(entries) > 10 else ""
-    return f"{len(entries)} {what}: {', '.join(entries[:10])}{more}"
 
 
 def _choose_dtype(files: WeightFiles, part: Part) -> torch.dtype:

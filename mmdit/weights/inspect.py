@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mmdit.weights.denoiser import FOLDERS, compare, find_sources, open_denoiser
+from mmdit.weights.denoiser import FOLDERS, find_sources, open_denoiser, stored_shapes
 from mmdit.weights.detect import Detected, Part, detect
 from mmdit.weights.empty import empty_denoiser
 from mmdit.weights.files import WeightFiles, open_weights
@@ -99,11 +99,15 @@ def _fit(files: WeightFiles, part: Part) -> str:
     try:
         opened, found, config = open_denoiser(files.path, part.prefix if part.layout == "original" else None)
         expected = empty_denoiser(config).state_dict()
-        faults = compare(opened, found, expected, find_sources(expected, found, config))
+        needed, there = stored_shapes(opened, found, expected, find_sources(expected, found, config))
     except ValueError as error:
         return str(error)
-    named = zip(faults, ("missing", "unexpected", "of another shape"), strict=True)
-    return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for keys, what in named if keys) or "complete"
+    faults = {
+        "missing": [key for key in needed if key not in there],
+        "unexpected": [key for key in there if key not in needed],
+        "of another shape": [key for key in needed if there.get(key, needed[key]) != needed[key]],
+    }
+    return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in faults.items() if keys) or "complete"
 
 
 def _first(keys: Iterable[str], count: int = 3) -> str:
