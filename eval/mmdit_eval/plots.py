@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mmdit_eval.scores import SCORES
+from mmdit_eval.scores import SCORES, Score
+from mmdit_eval.statistics import Estimate
 
 # Okabe and Ito's palette: distinguishable with every kind of colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#4D4D4D")
@@ -29,19 +30,24 @@ def row_colours(rows: Sequence[str]) -> dict[str, str]:
 def score_figure(
     score: str,
     by_images: Mapping[str, Curves],
+    by_flops: Mapping[str, Curves],
     by_seconds: Mapping[str, Curves],
     ceiling: Mapping[str, float],
     colours: Mapping[str, str],
 ) -> str:
-    """Draw one score against images and against training seconds, side by side: base64 PNG.
+    """Draw one score against images, FLOPs and training seconds, side by side: base64 PNG.
 
     Args:
-        by_images, by_seconds: {split: {row: curves}}.
+        by_images, by_flops, by_seconds: {split: {row: curves}}.
         ceiling: {split: value}.
     """
-    figure, axes = _figure(2)
+    figure, axes = _figure(3)
     style = SCORES[score]
-    panels = ((axes[0], by_images, "training images (thousands)", 1e-3), (axes[1], by_seconds, "training seconds", 1.0))
+    panels = (
+        (axes[0], by_images, "training images (thousands)", 1e-3),
+        (axes[1], by_flops, "training TFLOP", 1e-12),
+        (axes[2], by_seconds, "training seconds", 1.0),
+    )
     for axis, data, label, unit in panels:
         for split, curves in data.items():
             for row, seeds in curves.items():
@@ -62,6 +68,70 @@ def score_figure(
     axes[0].set_ylabel(f"{style.label}{unit_text}")
     _legend(figure, axes[1], colours, list(by_images), bool(ceiling))
     return _png(figure)
+
+
+def attribute_figure(
+    values: Mapping[str, Mapping[str, Mapping[str, Estimate]]], colours: Mapping[str, str], labels: Mapping[str, str]
+) -> str:
+    """Draw accuracy by attribute with intervals, one panel a split: base64 PNG.
+
+    Args:
+        values: {split: {row: {score: estimate}}}.
+        labels: {score: how it is called}.
+    """
+    figure, axes = _figure(len(values))
+    for axis, (split, rows) in zip(np.atleast_1d(axes), values.items(), strict=True):
+        offsets = np.linspace(-0.36, 0.36, len(rows)) if len(rows) > 1 else np.zeros(1)
+        for offset, (row, found) in zip(offsets, rows.items(), strict=True):
+            for place, score in enumerate(labels):
+                if score in found:
+                    _point(axis, place + offset, found[score], SCORES[score].factor, colours[row])
+        axis.set_xticks(range(len(labels)), labels.values())
+        axis.grid(axis="x", visible=False)
+        axis.set_title(SPLIT_NAMES[split], fontsize=10, color="#30343b")
+    np.atleast_1d(axes)[0].set_ylabel("right (%)")
+    _legend(figure, axes, colours, [], False)
+    return _png(figure)
+
+
+def _point(axis: Any, x: float, value: Estimate, factor: float, colour: str) -> None:
+    """A value with its interval where it has one."""
+    axis.plot([x], [factor * value["value"]], marker="o", markersize=5, color=colour, linestyle="none")
+    if value["low"] is not None and value["high"] is not None:
+        ends = factor * value["low"], factor * value["high"]
+        axis.plot([x, x], ends, color=colour, linewidth=1.2, alpha=0.7)
+
+
+def guidance_figure(points: Sequence[Mapping[str, Any]], scores: tuple[str, str], colours: Mapping[str, str]) -> str:
+    """Draw two scores of rows that differ in guidance against each other, with intervals of both: base64 PNG.
+
+    Args:
+        points: [{"row", "label", "split", "scale", "x": estimate, "y": estimate}].
+        scores: of x and of y.
+    """
+    splits = list(dict.fromkeys(point["split"] for point in points))
+    figure, axes = _figure(len(splits))
+    styles = [SCORES[score] for score in scores]
+    for axis, split in zip(np.atleast_1d(axes), splits, strict=True):
+        here = sorted((p for p in points if p["split"] == split), key=lambda p: p["scale"])
+        line = np.array([[styles[i].factor * p[k]["value"] for i, k in enumerate("xy")] for p in here])
+        if all(p["kind"] == "cfg" for p in here):
+            axis.plot(*line.T, color=CEILING, linewidth=1.2, zorder=1)
+        for p, (x, y) in zip(here, line, strict=True):
+            for key, style, draw in (("x", styles[0], axis.hlines), ("y", styles[1], axis.vlines)):
+                if p[key]["low"] is not None:
+                    ends = style.factor * p[key]["low"], style.factor * p[key]["high"]
+                    draw(y if key == "x" else x, *ends, color=colours[p["row"]], linewidth=1.2, alpha=0.7)
+            axis.plot([x], [y], marker="o", markersize=6, color=colours[p["row"]], zorder=3)
+            axis.annotate(p["label"], (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8.5, color="#30343b")
+        axis.set_xlabel(_axis_label(styles[0]))
+        axis.set_title(SPLIT_NAMES[split], fontsize=10, color="#30343b")
+    np.atleast_1d(axes)[0].set_ylabel(_axis_label(styles[1]))
+    return _png(figure)
+
+
+def _axis_label(style: Score) -> str:
+    return style.label + (f" ({style.unit})" if style.unit else "") + (", less is better" if style.better < 0 else "")
 
 
 def loss_figure(
@@ -244,8 +314,9 @@ def _legend(figure: Any, axis: Any, colours: Mapping[str, str], splits: Sequence
     if ceiling:
         handles.append(Line2D([], [], color=CEILING, linewidth=1, label="ceiling"))
     figure.legend(
-        handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9.5, handlelength=2.4, frameon=False
-    )
+        handles=handles, loc="outside upper left", ncols=min(len(handles), 7), fontsize=9.5, handlelength=2.0,
+        frameon=False,
+    )  # fmt: skip
 
 
 def _png(figure: Any) -> str:

@@ -24,6 +24,7 @@ from mmdit_eval.findings import (  # fmt: skip
     ceiling_value,
     cost_table,
     equal_budgets,
+    estimate,
     read_study,
     score_table,
 )
@@ -41,6 +42,7 @@ def write_report(folder: str | Path, console: Any = None) -> Path:
     files = read_study(folder)
     (files.folder / "table.md").write_text(markdown(files), encoding="utf-8")
     (files.folder / "table.csv").write_text(csv_table(files), encoding="utf-8")
+    (files.folder / "table.tex").write_text(latex(files), encoding="utf-8")
     (files.folder / "summary.json").write_text(
         json.dumps(summary(files), indent=1, ensure_ascii=False), encoding="utf-8"
     )
@@ -100,6 +102,20 @@ def markdown(files: Files) -> str:
         entries = [_with_interval(line["score"], line["cells"].get(key)) for key in columns]
         lines.append(f"| {style.label if style else line['score']} | " + " | ".join(entries) + " |")
     return "\n".join(lines) + "\n"
+
+
+def latex(files: Files) -> str:
+    """Return the score table as a LaTeX tabular (booktabs): rows of the study down, scores across."""
+    known = [(split, score) for split in files.splits for score in files.scores]
+    heads = [f"{SCORES[score].label if score in SCORES else score}, {split}" for split, score in known]
+    lines = [f"\\begin{{tabular}}{{l{'r' * len(known)}}}", "\\toprule", " & ".join(["", *heads]) + r" \\", r"\midrule"]
+    for row in files.rows:
+        entries = [estimate(files.of(row), split, score) for split, score in known]
+        cells = ["--" if v is None else _with_interval(score, v) for v, (_, score) in zip(entries, known, strict=True)]
+        lines.append(" & ".join([row, *cells]) + r" \\")
+    for plain, escaped in (("_", r"\_"), ("%", r"\%"), ("−", "$-$"), (" – ", "--"), ("×", r"$\times$"), ("–", "--")):
+        lines = [line.replace(plain, escaped) for line in lines]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def _with_interval(score: str, value: Estimate | None) -> str:
@@ -192,6 +208,8 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
         seeds=seeds,
         columns=_columns(files),
         scores=score_table(files),
+        claims=[(claim, for_new_prompts(files, claim)) for claim in judge_claims(files)],
+        confounded=[row for row, kept in files.book["rows"].items() if kept["confounded"]],
         costs=cost_table(files),
         budgets=equal_budgets(files),
         figures=figures(files, colours) if drawn is None else drawn,
@@ -233,7 +251,7 @@ def figures(files: Files, colours: Mapping[str, str]) -> list[dict[str, str]]:
     drawn = []
     headline = [name for name in (files.headline,) if name]
     for score in [*headline, *(s for s in ("frechet",) if s in files.scores and s not in headline)]:
-        by_images, by_seconds = _curves(files, score, "images"), _curves(files, score, "seconds")
+        by_images, by_flops, by_seconds = (_curves(files, score, axis) for axis in ("images", "flops", "seconds"))
         if not any(len(points) > 1 for curves in by_images.values() for seeds in curves.values() for points in seeds):
             continue
         ceiling = {s: v for s in files.splits if (v := ceiling_value(files, s, score)) is not None}
@@ -241,9 +259,12 @@ def figures(files: Files, colours: Mapping[str, str]) -> list[dict[str, str]]:
             ceiling = {}  # measured on more pictures, which lowers a Fréchet distance: no line beside these curves
         pictures = files.study["suite"]["snapshot_images"] or files.study["suite"]["num_images"]
         label = SCORES[score].label
-        title = f"{label[0].upper()}{label[1:]} against images and against seconds"
-        note = f"Each point: {pictures} pictures of one checkpoint. Seconds are training steps alone, on this machine."
-        png = plots.score_figure(score, by_images, by_seconds, ceiling, colours)
+        title = f"{label[0].upper()}{label[1:]} against images, FLOPs and seconds"
+        note = (
+            f"Each point: {pictures} pictures of one checkpoint. An update takes three times the FLOP of its forward. "
+            f"Seconds are training steps alone, on this machine."
+        )
+        png = plots.score_figure(score, by_images, by_flops, by_seconds, ceiling, colours)
         drawn.append({"title": title, "note": note, "png": png})
     training: dict[str, list[Any]] = {}
     levels: dict[str, dict[str, list[Any]]] = {"seen": {}, "heldout": {}}
@@ -262,15 +283,60 @@ def figures(files: Files, colours: Mapping[str, str]) -> list[dict[str, str]]:
         note = "Validation: the averaged weights on true pictures with the same noise for every row."
         png = plots.loss_figure(training, levels["seen"], colours, levels["heldout"])
         drawn.append({"title": title, "note": note, "png": png})
-    return drawn
+    return [*drawn, *_by_attribute(files, colours), *_guidance(files, colours)]
+
+
+def _by_attribute(files: Files, colours: Mapping[str, str]) -> list[dict[str, str]]:
+    """Draw what is right in a picture, attribute by attribute."""
+    names = ("colour", "shape", "size", "count", "relation", "early", "late", "same_base", "same_tone", "same_gender")
+    labels = {score: SCORES[score].label for score in names if score in files.scores}
+    if len(labels) < 2:
+        return []
+    values: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for split in files.splits:
+        for row in files.rows:
+            found = {score: estimate(files.of(row), split, score) for score in labels}
+            values.setdefault(split, {})[row] = {score: value for score, value in found.items() if value is not None}
+    several = len(files.study["seeds"]) > 1
+    note = f"95 % intervals {'over training seeds' if several else 'over prompts and noise, between samples only'}."
+    png = plots.attribute_figure(values, colours, labels)
+    return [{"title": "Accuracy by attribute", "note": note, "png": png}]
+
+
+def _guidance(files: Files, colours: Mapping[str, str]) -> list[dict[str, str]]:
+    """Draw what guidance buys against what it costs, where rows differ in guidance."""
+    kept = {row: files.book["rows"][row]["sampling"] for row in files.rows}
+    fields = ("guidance_scale", "negative_guidance", "guidance_interval", "kv_subtract", "nag", "skip_layer")
+    if len({json.dumps([sampling.get(f) for f in fields]) for sampling in kept.values()}) < 2:
+        return []
+    x, y = "frechet", next((s for s in ("all_correct", "same_base", "clip_score") if s in files.scores), None)
+    if x not in files.scores or y is None:
+        return []
+    points = []
+    for split in files.splits:
+        for row, sampling in kept.items():
+            found = {"x": estimate(files.of(row), split, x), "y": estimate(files.of(row), split, y)}
+            if None not in found.values():
+                kind, scale = sampling.get("negative_guidance", "cfg"), sampling.get("guidance_scale", 0.0)
+                points.append({"row": row, "label": row, "split": split, "scale": scale, "kind": kind, **found})
+    if not points:
+        return []
+    note = "Up and to the left is better. Crosses are 95 % intervals; the line joins scales of one kind of guidance."
+    png = plots.guidance_figure(points, (x, y), colours)
+    return [{"title": "What guidance buys, and what it costs", "note": note, "png": png}]
 
 
 def _curves(files: Files, score: str, axis: str) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
     found: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
+
+    def at(row: str, images: int, seconds: float) -> float:
+        flops = 3.0 * files.book["rows"][row]["flops"] * images
+        return {"images": float(images), "flops": flops, "seconds": seconds}[axis]
+
     for split in files.splits:
         for cell in files.judged:
             points = [
-                (float(images if axis == "images" else seconds), splits[split]["scores"][score]["value"])
+                (at(cell.row, images, seconds), splits[split]["scores"][score]["value"])
                 for images, seconds, splits in cell.points
                 if score in splits.get(split, {}).get("scores", {})
             ]

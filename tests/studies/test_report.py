@@ -105,6 +105,39 @@ def test_everything_is_written_and_the_page_needs_nothing_from_outside(study):
     assert "One seed ranks nothing" in page
 
 
+def test_claims_stand_in_the_page_the_summary_and_the_table_in_latex(tmp_path):
+    study = write_study(tmp_path, seeds=(0, 1, 2, 3, 4))
+    page = write_report(study).read_text()
+    assert "What was claimed beforehand" in page
+    claims = json.loads((study / "summary.json").read_text())["claims"]
+    assert [(c["first"], c["second"], c["split"]) for c in claims] == [
+        ("unet", "mmdit", s) for s in ("seen", "heldout")
+    ]
+    assert all(claim["permutation"] is not None and claim["new_prompts"]["df"] > 0 for claim in claims)
+    tex = (study / "table.tex").read_text()
+    assert tex.startswith("\\begin{tabular}{lrrrrrr}")
+    assert tex.count("\\\\") == 3  # heads and two rows
+    assert "%" not in tex.replace("\\%", "")
+
+
+def test_rows_under_several_guidances_are_drawn_against_each_other(study):
+    from mmdit_eval.plots import row_colours
+    from mmdit_eval.report import figures
+
+    book = json.loads((study / "study.json").read_text())
+    titles = [f["title"] for f in figures(read_study(study), row_colours(list(book["rows"])))]
+    assert "What guidance buys, and what it costs" not in titles
+    for row, scale in zip(book["rows"], (1.0, 4.0), strict=True):
+        book["rows"][row]["sampling"] = {"guidance_scale": scale}
+    book["rows"]["unet"]["confounded"] = ["train.lr"]
+    (study / "study.json").write_text(json.dumps(book))
+    titles = [f["title"] for f in figures(read_study(study), row_colours(list(book["rows"])))]
+    assert "What guidance buys, and what it costs" in titles
+    page = html(read_study(study))
+    assert "(confounded)" in page
+    assert "unet is confounded: it differs from the reference in train.lr too" in page
+
+
 def test_figures_stand_beside_the_report(study):
     write_report(study)
     sizes = {}
