@@ -296,8 +296,8 @@ def test_a_block_compiles_whole_and_gives_the_same(name, fields):
     plain = predict(denoiser, *inputs)
     torch._dynamo.reset()
     if name == "unet":
-        module = denoiser.output_blocks[1][1]
-        module.transformer_blocks[0].compile(backend="eager", fullgraph=True)
+        module = denoiser.output_blocks[1]
+        module.compile(backend="eager", fullgraph=True)
     else:
         blocks = denoiser.joint_blocks if name == "mmdit" else denoiser.blocks
         blocks[1].compile(backend="eager", fullgraph=True)
