@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit import rng
-from mmdit.config import EncodersConfig, NegativeGuidance, SamplingConfig, UNetConfig
+from mmdit.config import EncodersConfig, NegativeGuidance, SamplingConfig, UNetConfig, check_guidance
 from mmdit.denoiser import Conditioning
 from mmdit.diffusion import Schedule, build_schedule
 from mmdit.diffusion.prediction import clamp_t
@@ -450,7 +450,9 @@ class TextToImage:
         tree = {**self.sampling.model_dump(), **{k: v for k, v in given.items() if v is not None}}
         if tree["sampler"] != "ddim":
             tree["eta"] = 0.0
-        return SamplingConfig(**tree)
+        config = SamplingConfig(**tree)
+        check_guidance(self.model_config, self.encoders, config)
+        return config
 
     def settings(self, **options: Any) -> dict[str, Any]:
         """Return what decides a picture, for its metadata: the run's sampling with `options` laid over it."""

@@ -323,6 +323,21 @@ def test_a_pipeline_draws_with_every_kind(kind, micro, vae, text):
     assert (one != other).any() == (kind != "none")
 
 
+def test_a_pipeline_refuses_at_once_what_its_text_or_denoiser_cannot_have(micro, vae, text):
+    from mmdit.pipeline import TextToImage
+
+    for changes, kind, words in (
+        ({}, "kv_subtract", "set encoders.padding: mask"),
+        ({"model": {"injection": "pooled"}}, "nag", "has none"),
+        ({}, "skip_layer", "do not exist"),
+    ):
+        config = micro(changes)
+        denoiser = build_denoiser(config.model)
+        pipeline = TextToImage(denoiser, vae, text, FLOW, "velocity", config.sampling, config.encoders)
+        with pytest.raises(ValueError, match=words):
+            pipeline.images(["a red circle"], negative_guidance=kind)
+
+
 # --- what it costs --------------------------------------------------------------------------------------------------
 
 
