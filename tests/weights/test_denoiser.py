@@ -374,7 +374,7 @@ print((peak() - before) / sum(tensor.nbytes for tensor in denoiser.state_dict().
     ("layout", "stored", "wanted"), [("original", "float16", "float16"), ("diffusers", "float32", "bfloat16")]
 )
 def test_loading_takes_little_more_memory_than_the_weights(layout, stored, wanted, tmp_path):
-    fields = {"depth": 3, "width": 1024, "num_heads": 16, "context_dim": 64, "pos_embed_max_size": 32}
+    fields = {"depth": 2, "width": 1024, "num_heads": 16, "context_dim": 64, "pos_embed_max_size": 32}
     with torch.device("meta"):
         denoiser = build_denoiser(model_config("mmdit", **fields))
     denoiser = denoiser.to(getattr(torch, stored)).to_empty(device="cpu")
@@ -417,3 +417,23 @@ def test_the_average_of_a_run_sharded_over_processes_is_put_together(micro, tmp_
     table = {file.relative_to(checkpoint).as_posix(): fingerprint(file) for file in files}
     (checkpoint / MANIFEST).write_text(manifest_text(table))
     assert same(load_denoiser(tmp_path / "run"), average)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("mmdit", {"weight_sets": 1}),
+        ("crossdit", {"injection": "pooled"}),
+        ("unet", {"injection": "joint", "weight_sets": 2}),
+    ],
+)
+def test_networks_that_no_release_has_keep_their_injection(name, fields, tmp_path):
+    widths = {"in_channels": 4, "out_channels": 4, "context_dim": 24, "pooled_dim": 20}
+    small = {"depth": 2} if name != "unet" else {"model_channels": 32, "head_dim": 16, "norm_groups": 4, "ff_mult": 4}
+    denoiser = build_denoiser(model_config(name, "tiny", **{**widths, **small, **fields}))
+    save_denoiser(denoiser, tmp_path / "m.safetensors")
+    again = load_denoiser(tmp_path / "m.safetensors")
+    assert same(again, denoiser)
+    assert again.config == denoiser.config.model_copy(update={"preset": None})
+    with pytest.raises(ValueError, match="layout='original'"):
+        save_denoiser(denoiser, tmp_path / "folder", "diffusers")
