@@ -32,7 +32,6 @@ from mmdit.encoders.axes import (
     Pooled,
     PooledAt,
     TextLayout,
-    first,
     join,
     pooled_encoders,
     zeros,
@@ -42,17 +41,17 @@ from mmdit.encoders.axes import drop_captions as drop_captions
 from mmdit.encoders.axes import resize_streams as resize_streams
 from mmdit.encoders.families import CLIPS, FAMILIES, NUM_SIZES, SIZE_WIDTH, embed_sizes
 from mmdit.encoders.released import load_released
+from mmdit.encoders.running import clip_lengths, run_rows, t5_lengths
 from mmdit.encoders.tokenizers import (
     CLIP_END,
     CLIP_LENGTH,
-    T5_END,
     T5_PAD,
     TINY,
     ReleasedT5Tokenizer,
     T5Tokenizer,
     pad,
 )
-from mmdit.encoders.towers import States, Tower, load_tiny, mean_state, pooled_width, projected, run_tower
+from mmdit.encoders.towers import Tower, load_tiny, pooled_width
 from mmdit.registry import lookup
 
 CLIP_PAD = {"clip_l": CLIP_END, "clip_g": 0}  # sd3-ref pads the second tower with id 0
@@ -60,7 +59,6 @@ T5_HINT = (
     ". T5 reads google/t5-v1_1-xxl's spiece.model or tokenizer.json (a release's folder tokenizer_3): put it beside "
     "the weights, pass tokenizers={'t5': PATH}, or leave T5 out with use=('clip_l', 'clip_g')"
 )
-_BATCH = 512  # rows run through a tower at once
 
 
 class TextEncoders:
@@ -276,7 +274,7 @@ class TextEncoders:
     def run_encoder(self, name: str, ids: Tensor, padding: Padding) -> Encoded:
         """Run one encoder on its ids int64 [B, L]; `mask` and `trim` give the same, see the module's text."""
         real = self.real_lengths(name, ids)
-        return _run(self.towers[name], ids.to(self.device), real, padding == "attend", self.rules.states)
+        return run_rows(self.towers[name], ids.to(self.device), real, padding == "attend", self.rules.states)
 
     def real_lengths(self, name: str, ids: Tensor) -> Tensor:
         """Count the real tokens of an encoder's ids [B, L]: int64 [B], on the CPU."""
@@ -373,65 +371,6 @@ def _check_prompts(prompts: Sequence[str]) -> None:
         raise ValueError(f"prompts must be a list of strings, got the string {prompts!r}; write [{prompts!r}]")
     if len(prompts) == 0:
         raise ValueError('got no prompts; pass at least one, the empty caption is [""]')
-
-
-def clip_lengths(ids: Tensor) -> Tensor:
-    """Count real tokens, the first end token included: int64 [B]; rows without an end token are real throughout."""
-    ends = ids == CLIP_END
-    return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, ids.shape[1]).cpu()
-
-
-def t5_lengths(ids: Tensor) -> Tensor:
-    """Count real tokens, the end token included: int64 [B]; without one, up to the last that is not padding."""
-    ends = ids == T5_END
-    places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    unpadded = torch.where(ids != T5_PAD, places, 0).amax(dim=1)
-    return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, unpadded).cpu()
-
-
-def _run(tower: Tower, ids: Tensor, real: Tensor, keep: bool, which: States = "penultimate") -> Encoded:
-    """Run one tower over distinct rows, sorted by length.
-
-    Args:
-        ids: [B, L].
-        real: [B] real tokens, on the CPU.
-        keep: run at full length without a mask and keep the states of padding; else they are zero.
-        which: states of CLIP, see `run_tower`.
-
-    Returns:
-        Standardised states [B, longest, width], longest = L with `keep`; real; the pooled vectors.
-    """
-    counts = real
-    ids, inverse = torch.unique(ids, dim=0, return_inverse=True)
-    real = counts.new_zeros(ids.shape[0]).scatter_(0, inverse.cpu(), counts)  # equal rows have equal length
-    length = ids.shape[1] if keep else max(1, int(real.max()))
-    states = torch.zeros(ids.shape[0], length, tower.width, device=ids.device)
-    made: dict[str, list[tuple[Tensor, Tensor]]] = {"end": [], "mean": []}
-    for rows in torch.argsort(real, stable=True).split(_BATCH):
-        stop = length if keep else max(1, int(real[rows].max()))
-        mask = first(real[rows], stop).to(ids.device)
-        rows = rows.to(ids.device)
-        out = run_tower(tower.module, ids[rows, :stop], None if keep else mask, which)
-        standard = (out.states.float() - tower.state_mean) / tower.state_std
-        states[rows, :stop] = standard if keep else standard * mask[:, :, None]
-        if out.end is None:  # T5: the mean of the states as the denoiser reads them
-            made["mean"].append((rows, mean_state(standard, mask)))
-        else:
-            made["end"].append((rows, out.end.float()))
-            made["mean"].append((rows, projected(tower.module, mean_state(out.last, mask)).float()))
-    end, mean = (_in_order(pairs, ids.shape[0]) for pairs in made.values())
-    assert mean is not None
-    return Encoded(states[inverse], counts, None if end is None else end[inverse], mean[inverse])
-
-
-def _in_order(pairs: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor | None:
-    """Put vectors [b, G] back in their rows: [count, G]."""
-    if not pairs:
-        return None
-    vectors = pairs[0][1].new_zeros(count, pairs[0][1].shape[1])
-    for rows, part in pairs:
-        vectors[rows] = part
-    return vectors
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
