@@ -221,14 +221,13 @@ def print_set(result: Mapping[str, Any]) -> None:
         table.add_row(_label(name), shown(name, estimate["value"]), _interval(name, estimate))
     _console().print(table)
     extractor = protocol["extractor"]
-    _console().print(
-        f"  {extractor['name']} ({extractor['hash']}, {extractor['precision']}); {extractor['resize']}", highlight=False
-    )
+    _say(f"  {extractor['name']} ({extractor['hash']}, {extractor['precision']}); {extractor['resize']}")
 
 
 def print_comparison(a: Mapping[str, Any], b: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Print two results and their difference, score by score."""
-    table = _table(f"a: {a['run']}    b: {b['run']}    paired by picture", "split", "a", "b", "a − b", "interval")
+    _say(f"a: {a['run']}    b: {b['run']}    paired by picture")
+    table = _table("split", "a", "b", "a − b", "interval")
     for split, scores in found.items():
         for name, estimate in scores.items():
             values = [side["splits"][split]["scores"].get(name, {}).get("value") for side in (a, b)]
@@ -245,10 +244,14 @@ def _interval(name: str, estimate: Mapping[str, Any]) -> str:
     return shown_interval(name, estimate["low"], estimate["high"]) or f"– ({estimate['method']})"
 
 
-def _table(title: str, *columns: str) -> Any:
+def _say(line: str) -> None:
+    _console().print(line, highlight=False, soft_wrap=True)
+
+
+def _table(*columns: str) -> Any:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("score")
     for column in columns:
         table.add_column(column, justify="right")
