@@ -83,6 +83,7 @@ def images_command(words: Sequence[str]) -> int:
     parser.add_argument("fake", help="folder, list (.txt), table (.parquet), array (.npy, .npz)")
     parser.add_argument("--against", required=True, help="the same, or statistics (.npz with mu and sigma)")
     parser.add_argument("--captions", help="captions of FAKE: .txt, .json, .jsonl, .csv")
+    parser.add_argument("--train", help="pictures of the training, for the metric memorisation")
     parser.add_argument("--metrics", nargs="+", default=["frechet", "kernel"])
     parser.add_argument("--clip", help="extractor of CLIP-score, where --extractor has no text tower")
     parser.add_argument("--long-captions", default="truncate", choices=["truncate", "error", "chunk"])
@@ -98,6 +99,7 @@ def images_command(words: Sequence[str]) -> int:
         arguments.against,
         _set_options(arguments),
         captions=arguments.captions,
+        train=arguments.train,
         out=arguments.out,
         share=Share.from_environment(),
     )

@@ -63,6 +63,7 @@ def evaluate_images(
     options: SetOptions | None = None,
     *,
     captions: str | Path | Sequence[str] | None = None,
+    train: str | Path | ImageSet | None = None,
     out: str | Path | None = None,
     share: Share | None = None,
 ) -> dict[str, Any] | None:
@@ -71,6 +72,7 @@ def evaluate_images(
     Args:
         fake, against: as `open_images`; `against` may be an .npz of `mu` and `sigma`.
         captions: of `fake`: a file as for `load_captions`, or a list.
+        train: the pictures of the training, for `memorisation`.
         out: JSON file to write.
 
     Returns:
@@ -85,6 +87,8 @@ def evaluate_images(
     metrics = {name: lookup(SET_METRICS, name, "metric") for name in options.metrics}
     judged = _open(fake, options, options.sizes)
     words = _captions(captions, judged)
+    if "memorisation" in metrics and train is None:
+        raise ValueError("memorisation needs the pictures of the training: --train FOLDER; --against then names others")
     if "clip_score" in metrics and words is None:
         raise ValueError(f"clip_score needs captions, and {judged.source} comes without; give --captions FILE")
     other = against if is_statistics(against) else _open(against, options, options.against_sizes)
@@ -94,6 +98,9 @@ def evaluate_images(
     clip = _clip_of(options, extractor) if "clip_score" in metrics else None
     found = features_of(judged, extractor, options, share)
     reference, stated = _reference(other, extractor, options, share)
+    trained = None
+    if train is not None and "memorisation" in metrics:
+        trained, stated["train"] = _reference(_open(train, options, options.against_sizes), extractor, options, share)
     seen = found
     if clip is not None and clip is not extractor:
         seen = features_of(judged, clip, options, share)
@@ -109,6 +116,7 @@ def evaluate_images(
         clip=clip,
         long_captions=options.long_captions,
         seed=options.seed,
+        train=trained,
     )
     split: dict[str, Any] = {
         "num_images": len(judged),

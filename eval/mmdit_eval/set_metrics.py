@@ -17,7 +17,7 @@ from mmdit_eval.features import Extractor
 from mmdit_eval.frechet import FloatArray, frechet_influence
 from mmdit_eval.inception_scores import inception_score, inception_score_interval
 from mmdit_eval.metrics import Measured, score_captions
-from mmdit_eval.neighbours import manifold_intervals
+from mmdit_eval.neighbours import manifold_intervals, memorisation
 from mmdit_eval.set_intervals import cmmd_interval, frechet_infinity_interval, influence_interval, kernel_interval
 
 
@@ -33,6 +33,7 @@ class Pair:
         clip_features, clip: of the extractor with a text tower that CLIP-score uses.
         long_captions: policy for captions longer than the text tower reads.
         seed: of random subsets.
+        train: features of the pictures the model was trained on, for copies of them; `real` must not be among these.
     """
 
     fake: FloatArray
@@ -44,6 +45,7 @@ class Pair:
     clip: Extractor | None = None
     long_captions: str = "truncate"
     seed: int = 0
+    train: FloatArray | None = None
 
     def rows(self) -> FloatArray:
         """Return the features of the second set.
@@ -97,6 +99,22 @@ def _inception_score(pair: Pair) -> Measured:
     return Measured({"inception_score": inception_score_interval(pair.logits)}, details=details)
 
 
+def _memorisation(pair: Pair) -> Measured:
+    """Compare distances to the training pictures with those of the other set, which no training saw."""
+    if pair.train is None:
+        raise ValueError("memorisation needs the pictures of the training: --train FOLDER; --against then names others")
+    found = memorisation(pair.fake, pair.train, pair.rows())
+    closest = [
+        {"image": int(i), "training": int(found.nearest[i]), "distance": round(float(found.distances[i]), 6)}
+        for i in found.closest[:8]
+    ]
+    return Measured(
+        {"copied": found.copied, "closer": found.closer},
+        chance={"copied": found.expected, "closer": 0.5},
+        details={"memorisation": {"threshold": found.threshold, "closest": closest}},
+    )
+
+
 def _clip_score(pair: Pair) -> Measured:
     if pair.captions is None or pair.clip is None or pair.clip_features is None or pair.clip.text is None:
         raise ValueError(
@@ -114,5 +132,6 @@ SET_METRICS: dict[str, Callable[[Pair], Measured]] = {
     "cmmd": _cmmd,
     "precision_recall": _precision_recall,
     "inception_score": _inception_score,
+    "memorisation": _memorisation,
     "clip_score": _clip_score,
 }

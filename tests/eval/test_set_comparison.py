@@ -125,6 +125,17 @@ def test_an_extractor_of_its_own_judges_clip_score(scenes):
         compare(found, other)
 
 
+def test_copies_of_the_training_are_found(scenes):
+    train, heldout = from_array(scenes[0][:12]), from_array(scenes[0][12:])
+    options = SetOptions("pixel_statistics", metrics=("memorisation",), progress=False)
+    copies = np.concatenate([scenes[0][:3], 255 - scenes[0][3:12]])
+    split = evaluate_images(from_array(copies), heldout, options, train=train)["splits"]["images"]
+    assert split["scores"]["copied"]["value"] == 3 / 12
+    assert sorted(row["training"] for row in split["details"]["memorisation"]["closest"][:3]) == [0, 1, 2]
+    with pytest.raises(ValueError, match="--train FOLDER"):
+        evaluate_images(from_array(copies), heldout, options)
+
+
 def test_sets_of_different_size_have_a_value(scenes):
     options = SetOptions("pixel_statistics", metrics=("frechet", "kernel", "cmmd"), progress=False)
     found = evaluate_images(from_array(scenes[1]), from_array(scenes[0][:10]), options)
