@@ -49,7 +49,7 @@ def theirs(release, pipeline, prompts=(PROMPT,), negative=None, size=SIZE, guida
     ).images
 
 
-def assert_same(a, b, tolerance=1e-4):
+def assert_same(a, b, tolerance=2e-5):
     error = float((a.double() - b.double()).norm() / b.double().norm())
     assert error < tolerance, error
 
