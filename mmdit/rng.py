@@ -24,7 +24,7 @@ Purpose = Literal[
     "val_noise",  # validation noise; index = validation sample, step = level
     "sample_noise",  # initial noise of a generated image; index = image
     "step_noise",  # noise a stochastic sampler adds; index = image, step = sampler step
-    "encode",  # draw from the VAE's posterior; index = data index
+    "encode",  # draw from the VAE's posterior; index = position in the stream of training samples
     "metric",  # subsets and bootstraps in evaluation
 ]
 

@@ -208,6 +208,7 @@ class EncodersConfig(Config):
     pooled_at: Literal["end", "mean"] = "end"  # where CLIP's pooled vector is taken
     null: Literal["zeros", "empty_caption"] = "zeros"
     dropout: CaptionDropoutConfig = CaptionDropoutConfig()
+    posterior: Literal["mean", "sample"] = "mean"  # training latents: the VAE's mean, or drawn anew each time
 
     @model_validator(mode="after")
     def _fits(self) -> EncodersConfig:
@@ -358,6 +359,8 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16"] = "bf16"
     precompute: bool = True  # encode latents and captions once, before the first step
     cache_dir: Path | None = None  # where they are kept; None: <run>/cache
+    verify_cache: bool = True  # compare a cache with its SHA-256 at start; false for more than a disk reads in a minute
+    require_cache: bool = False  # encode nothing: a cache that is missing or of other settings is refused
     compile: bool = False  # torch.compile of the repeated block
     activation_checkpointing: bool = False  # by block: a third more time for a fraction of the memory
     num_processes: PositiveInt = 1  # asserted, not set: launch with torchrun or accelerate

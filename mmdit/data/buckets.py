@@ -125,7 +125,7 @@ class BucketedSource:
         """Items that may stand in one batch together: indices bucket by bucket."""
         return [np.arange(a, b) for a, b in zip(self._starts[:-1], self._starts[1:], strict=True)]
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Conditioning]:
+    def batch(self, indices: Sequence[int] | np.ndarray, draw: Any = None) -> tuple[Tensor, Conditioning]:
         """As `CachedLatents.batch`; all indices must lie in one bucket.
 
         Raises:
@@ -135,4 +135,4 @@ class BucketedSource:
         buckets = np.unique(np.searchsorted(self._starts, indices, side="right") - 1)
         if len(buckets) != 1:
             raise ValueError(f"a batch must lie in one bucket, got items of {len(buckets)}; see `groups`")
-        return self.sources[buckets[0]].batch(indices - self._starts[buckets[0]])
+        return self.sources[buckets[0]].batch(indices - self._starts[buckets[0]], draw)

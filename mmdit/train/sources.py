@@ -49,7 +49,8 @@ def build_sources(
             return LiveBatches(dataset, vae, text, config.encoders, precision=precision, count=count)
         return precompute(
             dataset, vae, text, config.encoders, cache_dir=train.cache_dir or run_dir / "cache", count=count,
-            precision=precision, progress=progress, label=f"encoding {split}",
+            precision=precision, verify=train.verify_cache, require=train.require_cache, progress=progress,
+            label=f"encoding {split}",
         )  # fmt: skip
 
     made: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mmdit import rng
 from mmdit.config import RunConfig
+from mmdit.data.cache import Draw
 from mmdit.data.order import data_order
 from mmdit.denoiser import Conditioning, unwrap
 from mmdit.diffusion import Schedule, sample_t, training_loss
@@ -79,7 +80,7 @@ class BatchDrawer:
         """Return the batch of these positions in the stream of training samples, on the CPU."""
         seed = self.config.seed
         indices = self._order(positions)
-        latents, conditioning = self.source.batch(indices)
+        latents, conditioning = self.source.batch(indices, self._posterior_noise(positions))
         uniforms = torch.from_numpy(rng.uniform(seed, "caption_dropout", positions, (4,)))
         conditioning = drop_captions(
             conditioning,
@@ -94,6 +95,12 @@ class BatchDrawer:
         u = torch.from_numpy(rng.uniform(seed, "train_t", positions))
         t = sample_t(self.config.diffusion.density, u, self.schedule)
         return Batch(np.asarray(positions), indices, latents, conditioning, noise, t)
+
+    def _posterior_noise(self, positions: np.ndarray) -> Draw | None:
+        """Return what draws from the VAE's posterior, keyed by position; None where the run takes its mean."""
+        if self.config.encoders.posterior == "mean":
+            return None
+        return lambda shape: rng.normal(self.config.seed, "encode", positions, shape)
 
     def _order(self, positions: np.ndarray) -> np.ndarray:
         """Return the items at these positions; a source whose items do not all stack has an order of its own."""

@@ -49,7 +49,8 @@ RESUMABLE = (
     "name", "sampling", "train.images", "train.seconds", "train.log_every", "train.validate_every",
     "train.sample_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.val_images", "train.val_levels",
-    "train.sample_prompts", "train.tensorboard", "train.cache_dir", "train.precompute", "train.num_processes",
+    "train.sample_prompts", "train.tensorboard", "train.cache_dir", "train.precompute", "train.verify_cache",
+    "train.require_cache", "train.num_processes",
     "train.sharding", "train.shard_size", "train.accumulation", "train.compile", "train.activation_checkpointing",
     "train.timeout", "train.max_skips", "train.save_retries", "train.wandb", "train.peak_tflops",
 )  # fmt: skip
@@ -271,8 +272,7 @@ def open_run(config: RunConfig, run_dir: Path, resume: str, accelerator: Acceler
 
 def build_run(config: RunConfig, run_dir: Path, accelerator: Accelerator, progress: bool) -> Run:
     """Load the data, build denoiser, optimizer and EMA; the same seed gives the same parameters."""
-    with accelerator.main_process_first():  # one process encodes, the others then find its cache
-        sources = build_sources(config, run_dir, accelerator.device, progress)
+    sources = build_sources(config, run_dir, accelerator.device, progress)  # processes share the encoding, part by part
     denoiser = build_seeded(config).to(accelerator.device)
     prepare_blocks(denoiser, config.train)
     sharding = config.train.sharding != "none"
