@@ -35,7 +35,7 @@ AXES = {
 }  # fmt: skip
 VALUES = [pytest.param(name, value, id=f"{name}-{i}") for name in AXES for i, value in enumerate(AXES[name])]
 NO_TRANSFORMERS = {"transformer_depth": [0, 0, 0], "middle_transformer_depth": 0}
-QUICK = ("mmdit-2", "crossdit-1", "unet-4")  # weight_sets 3, decoupled, joint with 3 sets; compiling takes seconds
+QUICK = ("mmdit-2", "unet-4")  # three sets of joint attention; compiling takes seconds
 COMPILED = [pytest.param(*v.values, id=v.id, marks=[] if v.id in QUICK else pytest.mark.slow) for v in VALUES]
 
 
