@@ -263,6 +263,30 @@ def _error_bars(estimates: Sequence[Mapping[str, Any]], factor: float) -> np.nda
     return factor * np.array(sides).T.clip(0)
 
 
+def map_figure(maps: Mapping[str, Mapping[str, Any]]) -> str:
+    """Draw attention maps, one line a row of the study, one column a word: base64 PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    words = list(dict.fromkeys(word for found in maps.values() for word in found))
+    size = 1.15 * len(words) + 1.4, 1.15 * len(maps) + 0.4
+    figure, axes = pyplot.subplots(len(maps), len(words), figsize=size, squeeze=False, layout="constrained")
+    for line, (row, found) in enumerate(maps.items()):
+        for column, word in enumerate(words):
+            axis = axes[line][column]
+            if word in found:
+                axis.imshow(np.asarray(found[word]), cmap="magma", interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            if line == 0:
+                axis.set_title(word, fontsize=9, color="#30343b", parse_math=False)
+        axes[line][0].set_ylabel(row, fontsize=9, color="#30343b", rotation=0, ha="right", va="center")
+    return _png(figure)
+
+
 def smooth(values: Sequence[float], window: int = 5) -> np.ndarray:
     """Return the running mean of the last `window` values, shorter at the beginning."""
     sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))

@@ -43,7 +43,7 @@ def store_study(folder: str | Path, results: str | Path) -> Path:
     temporary = results / f".{out.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     top = ("summary.json", "study.json", "ceiling.json", "ceiling/*.png", "report.html", "table.*", "*.png")
-    of_a_cell = ("config.yaml", "metrics.jsonl", "environment.json", "eval/*.json")
+    of_a_cell = ("attention.json", "config.yaml", "metrics.jsonl", "environment.json", "eval/*.json")
     patterns = [*top, *(f"*/{name}" for name in of_a_cell)]
     for cell in summary["cells"]:
         final = max((path.stem for path in (folder / cell / "eval").glob("*.json")), default=None)

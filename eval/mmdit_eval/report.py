@@ -283,7 +283,7 @@ def figures(files: Files, colours: Mapping[str, str]) -> list[dict[str, str]]:
         note = "Validation: the averaged weights on true pictures with the same noise for every row."
         png = plots.loss_figure(training, levels["seen"], colours, levels["heldout"])
         drawn.append({"title": title, "note": note, "png": png})
-    return [*drawn, *_by_attribute(files, colours), *_guidance(files, colours)]
+    return [*drawn, *_by_attribute(files, colours), *_guidance(files, colours), *_attention(files)]
 
 
 def _by_attribute(files: Files, colours: Mapping[str, str]) -> list[dict[str, str]]:
@@ -301,6 +301,27 @@ def _by_attribute(files: Files, colours: Mapping[str, str]) -> list[dict[str, st
     note = f"95 % intervals {'over training seeds' if several else 'over prompts and noise, between samples only'}."
     png = plots.attribute_figure(values, colours, labels)
     return [{"title": "Accuracy by attribute", "note": note, "png": png}]
+
+
+def _attention(files: Files) -> list[dict[str, str]]:
+    """Draw which image tokens read which word, row by row, where it was recorded."""
+    found: dict[str, list[Any]] = {}
+    for row in files.rows:
+        file = next(
+            (c.folder / "attention.json" for c in files.of(row) if (c.folder / "attention.json").is_file()), None
+        )
+        if file is not None:
+            found[row] = json.loads(file.read_text(encoding="utf-8"))["prompts"]
+    drawn = []
+    for i in range(min((len(prompts) for prompts in found.values()), default=0)):
+        maps = {row: prompts[i]["maps"] for row, prompts in found.items() if prompts[i]["maps"]}
+        if maps:
+            first = next(iter(found.values()))[i]
+            note = f"The true picture at t = {first['t']}, mean over heads and blocks."
+            drawn.append(
+                {"title": f"What is read from: {first['caption']}", "note": note, "png": plots.map_figure(maps)}
+            )
+    return drawn
 
 
 def _guidance(files: Files, colours: Mapping[str, str]) -> list[dict[str, str]]:

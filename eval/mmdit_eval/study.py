@@ -230,7 +230,8 @@ def judge(book: Book, study: StudyConfig, cells: Cells, study_dir: Path, say: Sa
 
     A row that shares another's networks is judged on those with its own sampling, in a folder of its own.
     """
-    from mmdit.checkpoint import CheckpointError
+    from mmdit.checkpoint import CheckpointError, find_checkpoint
+    from mmdit_eval.attention import write_attention
     from mmdit_eval.suite import evaluate_ceiling, evaluate_run, evaluate_snapshots, load_references
 
     shared: dict[str, Any] = {}  # rows of equal data look at the same true pictures
@@ -251,6 +252,9 @@ def judge(book: Book, study: StudyConfig, cells: Cells, study_dir: Path, say: Sa
             if source == name:
                 evaluate_snapshots(study_dir / name, study.suite, references=shared[key], say=say)
                 evaluate_run(study_dir / name, study.suite, references=shared[key], say=say)
+                if study.attention is not None and cell["seed"] == study.seeds[0]:
+                    checkpoint, split = find_checkpoint(study_dir / name), next(iter(shared[key].values()))
+                    write_attention(checkpoint, split, study.attention, study_dir / name / "attention.json")
             else:
                 suite = study.suite.model_copy(update={"sampling": config.sampling})
                 out = study_dir / name

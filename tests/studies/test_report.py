@@ -120,6 +120,15 @@ def test_claims_stand_in_the_page_the_summary_and_the_table_in_latex(tmp_path):
     assert "%" not in tex.replace("\\%", "")
 
 
+def test_attention_maps_are_drawn_where_they_were_recorded(study):
+    from mmdit_eval.report import figures
+
+    words = {"caption": "a red circle", "t": 0.7, "maps": {"red": [[0.1] * 4] * 4, "circle": [[0.2] * 4] * 4}}
+    (study / "mmdit-s0" / "attention.json").write_text(json.dumps({"settings": {}, "prompts": [words]}))
+    titles = [figure["title"] for figure in figures(read_study(study), {"mmdit": "#000000", "unet": "#111111"})]
+    assert "What is read from: a red circle" in titles
+
+
 def test_rows_under_several_guidances_are_drawn_against_each_other(study):
     from mmdit_eval.plots import row_colours
     from mmdit_eval.report import figures
