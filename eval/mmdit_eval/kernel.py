@@ -79,7 +79,7 @@ def kernel_distance(
 def cmmd(a: Any, b: Any, *, sigma: float = 10.0, scale: float = 1_000.0, unbiased: bool = False) -> float:
     """Return the MMD² under a Gaussian kernel on normalised CLIP embeddings, times 1000.
 
-    Source: Jayasumana et al. 2024, arXiv:2401.09603, Eq. 4. Its code keeps the diagonals (biased), and so do published
+    Source: Jayasumana et al. 2024, arXiv:2401.09603. Its code keeps the diagonals (biased), and so do published
     numbers: for N samples of one distribution it gives about 1000 (1 - mean kernel) 2/N instead of 0.
 
     Args:
@@ -143,7 +143,7 @@ def mmd_variance(first: Core, across: Core | None = None, second: Core | None = 
     To second order: where the two distributions are equal the first order vanishes, and an interval of the first order
     alone would be empty there. Noise that the second order puts into the estimate of the first is taken off.
 
-    Source: Hoeffding 1948; for the MMD Bounliphone et al. 2016, arXiv:1511.04581, Eq. 4; here for N_a ≠ N_b.
+    Source: Hoeffding 1948; for the MMD Bounliphone et al. 2016, arXiv:1511.04581; here for N_a ≠ N_b.
 
     Args:
         first: units of one kind, [n, n].

@@ -4,8 +4,8 @@ Features of 50,000 images are 800 MiB at width 2048, their moments 32 MiB. So ro
 blocks of fixed size: the result does not depend on how the stream was cut into batches, to the last bit. While there
 are no more rows than features the covariance is singular and the rows say more than it does; until then they are kept.
 
-Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances",
-Eq. 2.1. All in float64: a Fréchet distance is a small difference of large traces.
+Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
+All in float64: a Fréchet distance is a small difference of large traces.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def precision_recall(real: Any, fake: Any, k: int = 3) -> PrecisionRecall:
 
     A manifold is the union of balls about its samples, each reaching to the sample's k-th nearest neighbour.
 
-    Source: Kynkäänniemi et al. 2019, arXiv:1904.06991, Eq. 1-3.
+    Source: Kynkäänniemi et al. 2019, arXiv:1904.06991, section 3.
 
     Args:
         real, fake: features [M, d], [N, d]; the paper compares 50,000 each, and values fall or rise with N.
@@ -74,7 +74,7 @@ def density_coverage(real: Any, fake: Any, k: int = 5) -> DensityCoverage:
     Unlike precision and recall, one outlier among the reals cannot enclose many pictures, and only the reals' balls
     are used. Of two sets of one distribution density is 1 and coverage near 1 - 2^-k.
 
-    Source: Naeem et al. 2020, arXiv:2002.09797, Eq. 4-5; strict comparison as in its code.
+    Source: Naeem et al. 2020, arXiv:2002.09797, section 3; strict comparison as in its code.
 
     Args:
         real, fake: features [M, d], [N, d].

@@ -37,7 +37,7 @@ def frechet_interval(
     """Return the Fréchet distance with its interval, for what other samples of the same number would give.
 
     Where the two distributions are equal the distance has no first order, and the interval is too wide there, by a
-    factor of about 1.4.
+    factor of about 1.4; with fewer samples than features by about 1.15 (98 % instead of 95).
 
     Args:
         a: features [N_a, d].

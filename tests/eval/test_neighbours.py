@@ -59,7 +59,7 @@ def test_blocks_do_not_matter(monkeypatch):
 
 
 def test_one_distribution_has_the_published_density_and_coverage():
-    """Density 1 and coverage 1 - 2^-k, Naeem et al., section 3.3: k = 5 gives 0.969."""
+    """Density 1 and coverage 1 - 2^-k, Naeem et al. 2020: k = 5 gives 0.969."""
     found = [density_coverage(draw(500, 3, 2 * i), draw(500, 3, 2 * i + 1)) for i in range(8)]
     density, coverage = np.mean(found, axis=0)
     assert density == pytest.approx(1.0, abs=0.03)
