@@ -104,7 +104,7 @@ def frechet_influence(a: Any, b: Any) -> tuple[float, FloatArray, FloatArray | N
     sides = check_features(a, "a"), None if isinstance(b, Moments) else check_features(b, "b")
     moments = _of_one_width(sides[0], b if sides[1] is None else sides[1])
     factors = factor_of(moments[0]), factor_of(moments[1])
-    left, values, right = np.linalg.svd(factors[0].matrix @ factors[1].matrix.T, full_matrices=False)
+    left, values, right = _singular_vectors(*factors)
     difference = moments[0].mean - moments[1].mean
     trace = float(sum(np.sum(factor.matrix**2) for factor in factors))
     distance = max(0.0, float(difference @ difference) + trace - 2.0 * float(values.sum()))
@@ -117,7 +117,7 @@ def frechet_influence(a: Any, b: Any) -> tuple[float, FloatArray, FloatArray | N
         return np.asarray(found - found.mean())
 
     of_a = influence(sides[0], 0, left, 1.0)
-    return distance, of_a, None if sides[1] is None else influence(sides[1], 1, right.T, -1.0)
+    return distance, of_a, None if sides[1] is None else influence(sides[1], 1, right, -1.0)
 
 
 def statistics(features: Any) -> tuple[FloatArray, FloatArray]:
@@ -214,7 +214,7 @@ def _distance(mean_a: FloatArray, mean_b: FloatArray, a: Factor, b: Factor) -> f
     root = None
     if a.triangular and b.triangular:
         product = _triangular_product(a.matrix, b.matrix)
-        root = _sum_by_eigenvalues(product, a.matrix, b.matrix, trace)
+        root = _sum_of_roots(np.linalg.eigvalsh(product @ product.T), a.matrix, b.matrix)
     else:
         product = a.matrix @ b.matrix.T
     if root is None:
@@ -237,14 +237,17 @@ def _triangular_product(a: FloatArray, b: FloatArray) -> FloatArray:
     return out
 
 
-def _sum_by_eigenvalues(product: FloatArray, a: FloatArray, b: FloatArray, trace: float) -> float | None:
-    """Sum the singular values as roots of eigenvalues, half the time; None where that costs precision.
+def _sum_of_roots(values: FloatArray, a: FloatArray, b: FloatArray) -> float | None:
+    """Sum the singular values of a bᵀ as roots of eigenvalues, half the time; None where that costs precision.
 
     The determinant is known from the two diagonals, and small eigenvalues, where the error sits, move it most: how far
     their product misses it tells how far the sum is off. A sum that may be off by more than round-off in d features is
     not taken (at condition 1e12 some are off by 1e-8).
+
+    Args:
+        values: eigenvalues of (a bᵀ)(a bᵀ)ᵀ, rising, [d].
+        a, b: upper triangles [d, d].
     """
-    values = np.linalg.eigvalsh(product @ product.T)
     if values[0] <= 0:
         return None
     known = 2.0 * float(np.log(np.abs(np.diag(a))).sum() + np.log(np.abs(np.diag(b))).sum())
@@ -252,6 +255,18 @@ def _sum_by_eigenvalues(product: FloatArray, a: FloatArray, b: FloatArray, trace
     inverse = values[0] / values
     # one error e for every eigenvalue, of random sign: drift² = sum (e / v)², error of the sum² = sum e² / 4v
     error = drift * np.sqrt(values[0] * inverse.sum() / (inverse**2).sum()) / 2.0
-    if drift > 0.5 or 10.0 * error > 2e-15 * len(a) * trace:
+    if drift > 0.5 or 10.0 * error > 2e-15 * len(a) * float(np.sum(a**2) + np.sum(b**2)):
         return None
     return float(np.sqrt(values).sum())
+
+
+def _singular_vectors(a: Factor, b: Factor) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return X [r, k], S [k] and Y [s, k] of F_a F_bᵀ = X S Yᵀ; by eigenvectors where their sum can be trusted."""
+    if a.triangular and b.triangular:
+        product = _triangular_product(a.matrix, b.matrix)
+        values, left = np.linalg.eigh(product @ product.T)
+        if _sum_of_roots(values, a.matrix, b.matrix) is not None:
+            roots = np.sqrt(values)
+            return left, roots, product.T @ left / roots
+    left, roots, right = np.linalg.svd(a.matrix @ b.matrix.T, full_matrices=False)
+    return left, roots, right.T

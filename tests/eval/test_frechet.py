@@ -124,8 +124,8 @@ def test_the_fast_sum_is_taken_where_it_is_right_and_only_there(monkeypatch):
     from mmdit_eval import frechet as module
 
     taken = []
-    whole = module._sum_by_eigenvalues
-    monkeypatch.setattr(module, "_sum_by_eigenvalues", lambda *given: taken.append(whole(*given)) or taken[-1])
+    whole = module._sum_of_roots
+    monkeypatch.setattr(module, "_sum_of_roots", lambda *given: taken.append(whole(*given)) or taken[-1])
     frechet_distance(draw(2_000, 40, 0), draw(2_000, 40, 1))
     a, b = (np.cov(draw(500, 24, seed), rowvar=False) for seed in (0, 1))
     frechet_from_statistics(np.zeros(24), a, np.zeros(24), b)
