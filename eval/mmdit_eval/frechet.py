@@ -237,7 +237,7 @@ def _triangular_product(a: FloatArray, b: FloatArray) -> FloatArray:
     return out
 
 
-def _sum_of_roots(values: FloatArray, a: FloatArray, b: FloatArray) -> float | None:
+def _sum_of_roots(values: np.ndarray, a: FloatArray, b: FloatArray) -> float | None:
     """Sum the singular values of a bᵀ as roots of eigenvalues, half the time; None where that costs precision.
 
     The determinant is known from the two diagonals, and small eigenvalues, where the error sits, move it most: how far
