@@ -126,14 +126,16 @@ def test_the_fast_sum_is_taken_where_it_is_right_and_only_there(monkeypatch):
     taken = []
     whole = module._sum_of_roots
     monkeypatch.setattr(module, "_sum_of_roots", lambda *given: taken.append(whole(*given)) or taken[-1])
-    frechet_distance(draw(2_000, 40, 0), draw(2_000, 40, 1))
-    a, b = (np.cov(draw(500, 24, seed), rowvar=False) for seed in (0, 1))
-    frechet_from_statistics(np.zeros(24), a, np.zeros(24), b)
-    assert None not in taken
-    values = SPECTRA["one small"]
-    q, p = (np.linalg.qr(np.random.default_rng(seed).normal(size=(24, 24)))[0] for seed in (0, 1))
-    a, b = ((m * values) @ m.T for m in (q, p))
-    frechet_from_statistics(np.zeros(24), a, np.zeros(24), b)
+    d = 300
+    x, y = draw(2_000, d, 0), draw(2_000, d, 1)
+    found = frechet_distance(x, y)
+    assert taken[-1] is not None
+    monkeypatch.setattr(module, "_WIDE", d + 1)
+    assert found == pytest.approx(frechet_distance(x, y), rel=1e-12)  # the singular values
+    monkeypatch.setattr(module, "_WIDE", d)
+    q, p = (np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0] for seed in (0, 1))
+    a, b = ((m * np.logspace(0, -12, d)) @ m.T for m in (q, p))
+    frechet_from_statistics(np.zeros(d), a, np.zeros(d), b)
     assert taken[-1] is None
 
 
