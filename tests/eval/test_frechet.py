@@ -134,7 +134,8 @@ def test_the_fast_sum_is_taken_where_it_is_right_and_only_there(monkeypatch):
     assert found == pytest.approx(frechet_distance(x, y), rel=1e-12)  # the singular values
     monkeypatch.setattr(module, "_WIDE", d)
     q, p = (np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0] for seed in (0, 1))
-    a, b = ((m * np.logspace(0, -12, d)) @ m.T for m in (q, p))
+    values = np.append(np.ones(d - 1), 1e-12)
+    a, b = ((m * values) @ m.T for m in (q, p))
     frechet_from_statistics(np.zeros(d), a, np.zeros(d), b)
     assert taken[-1] is None
 
