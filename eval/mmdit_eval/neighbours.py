@@ -1,12 +1,13 @@
 """What nearest neighbours say of two sets: precision and recall, density and coverage, copies of the training set.
 
-Every distance is Euclidean in float64 and made in blocks: memory is that of one block, whatever the sets' sizes.
+Every distance is Euclidean in float64 and made in blocks: memory is that of one block, whatever the sets' sizes. Ties
+count as ties: a distance that round-off could put on either side of a radius is done again exactly.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from mmdit_eval.moments import FloatArray, check_features
 from mmdit_eval.statistics import LEVEL, Estimate, mean_interval, wilson_interval
 
 _BLOCK = 2**24  # numbers of a block of distances, 128 MiB
+_ROUND_OFF = 1e-12  # of a squared distance, in |x|² + |y|²; products of 4,096 features stay below
 
 
 class PrecisionRecall(NamedTuple):
@@ -100,7 +102,7 @@ def membership(real: Any, fake: Any, k: int) -> Membership:
     of_real, of_fake = _radii(real, k), _radii(fake, k)
     precise, recalled = np.zeros(len(fake), dtype=bool), np.zeros(len(real), dtype=bool)
     density, nearest = np.zeros(len(fake)), np.full(len(real), np.inf)
-    for rows, squared in _blocks(fake, real):
+    for rows, squared in _blocks(fake, real, lambda rows, _: (of_real, of_fake[rows, None])):
         precise[rows] = (squared <= of_real).any(1)
         recalled |= (squared <= of_fake[rows, None]).any(0)
         density[rows] = (squared < of_real).sum(1) / k
@@ -134,7 +136,8 @@ class Memorisation:
     """How much nearer to the training set pictures lie than new real ones do.
 
     Attributes:
-        copied: share of pictures nearer to a training sample than `threshold`, with Wilson's interval.
+        copied: share of pictures nearer to a training sample than `threshold`, with Wilson's interval, which takes the
+            threshold as given; what the threshold's own chance does is in `expected`.
         expected: that share for a model that draws like the held-out set, (twins + 1) / (held-out samples + 1).
         closer: chance that a picture lies nearer to the training set than a held-out real does; 1/2 without copying.
         threshold: the least distance of a held-out real to the training set, above zero.
@@ -183,8 +186,10 @@ def memorisation(
             f"(equal to training row {rows[equal[0]]}): leave them out, or give twins='allow'"
         )
     threshold = float(np.delete(calibration, equal).min())
+    copied = wilson_interval(distances < threshold, level=level)
+    copied["method"] += ", given the threshold"
     return Memorisation(
-        copied=wilson_interval(distances < threshold, level=level),
+        copied=copied,
         expected=(len(equal) + 1) / (len(heldout) + 1),
         closer=_chance_of_less(distances, calibration, level),
         threshold=threshold,
@@ -205,17 +210,20 @@ def nearest_neighbours(queries: Any, bank: Any) -> tuple[FloatArray, np.ndarray]
     distances, rows_found = np.empty(len(queries)), np.empty(len(queries), dtype=np.int64)
     for rows, squared in _blocks(queries, bank):
         rows_found[rows] = squared.argmin(1)
-        distances[rows] = np.sqrt(squared.min(1))
+        distances[rows] = np.sqrt(((queries[rows] - bank[rows_found[rows]]) ** 2).sum(1))
     return distances, rows_found
 
 
 def _chance_of_less(a: FloatArray, b: FloatArray, level: float) -> Estimate:
-    """P(a < b) + P(a = b) / 2 with DeLong's interval."""
+    """P(a < b) + P(a = b) / 2 with DeLong's interval; where every pair agrees, with Wilson's for the smaller set."""
     ordered_a, ordered_b = np.sort(a), np.sort(b)
     above = 1 - (np.searchsorted(ordered_b, a, "left") + np.searchsorted(ordered_b, a, "right")) / (2 * len(b))
     below = (np.searchsorted(ordered_a, b, "left") + np.searchsorted(ordered_a, b, "right")) / (2 * len(a))
     value = float(above.mean())
     variance = float(above.var(ddof=1)) / len(a) + float(below.var(ddof=1)) / len(b)
+    if value in (0.0, 1.0):  # no spread is seen, which is not to say that there is none
+        agreed = wilson_interval(np.full(min(len(a), len(b)), bool(value)), level=level)
+        return Estimate(value=value, low=agreed["low"], high=agreed["high"], n=len(a), method="wilson, smaller set")
     half = float(scipy.stats.norm.ppf((1 + level) / 2)) * math.sqrt(variance)
     return Estimate(value=value, low=max(0.0, value - half), high=min(1.0, value + half), n=len(a), method="DeLong")
 
@@ -223,27 +231,37 @@ def _chance_of_less(a: FloatArray, b: FloatArray, level: float) -> Estimate:
 def _radii(x: FloatArray, k: int) -> FloatArray:
     """Squared distance of each sample to its k-th nearest other one, [N]."""
     radii = np.empty(len(x))
-    for rows, squared in _blocks(x, x):
+    # the k-th neighbour with the sample itself in front
+    for rows, squared in _blocks(x, x, lambda _, found: (np.partition(found, k, axis=1)[:, k, None],)):
         squared[np.arange(len(squared)), np.arange(rows.start, rows.stop)] = np.inf
         radii[rows] = np.partition(squared, k - 1, axis=1)[:, k - 1]
     return radii
 
 
-def _blocks(x: FloatArray, y: FloatArray) -> Iterator[tuple[slice, FloatArray]]:
+def _blocks(
+    x: FloatArray, y: FloatArray, edges: Callable[[slice, FloatArray], Sequence[FloatArray]] = lambda *_: ()
+) -> Iterator[tuple[slice, FloatArray]]:
     """Yield rows of x and their squared distances to all of y, [rows, M].
 
-    By one matrix product about a common centre, which costs digits only where two points nearly coincide; those pairs
-    are done again by their difference, so that a copy has distance 0.
+    By one matrix product about a common centre, which costs digits where two points nearly coincide, and whose last
+    bits depend on the shape of the block. Those pairs, and pairs within round-off of an edge, are done again by their
+    difference: a copy has distance 0, and equal distances are equal.
+
+    Args:
+        edges: rows and their distances to what these are compared with afterwards, broadcast to [rows, M].
     """
     centre = y.mean(0)
-    x, y = x - centre, y - centre
-    of_x, of_y = (x**2).sum(1), (y**2).sum(1)
+    centred_x, centred_y = x - centre, y - centre
+    of_x, of_y = (centred_x**2).sum(1), (centred_y**2).sum(1)
     step = max(1, _BLOCK // len(y))
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
         lengths = of_x[rows, None] + of_y[None]
-        squared = lengths - 2.0 * (x[rows] @ y.T)
-        near_x, near_y = np.nonzero(squared < 1e-6 * lengths)
+        squared = lengths - 2.0 * (centred_x[rows] @ centred_y.T)
+        doubtful = squared < 1e-6 * lengths
+        for edge in edges(rows, squared):
+            doubtful |= np.abs(squared - edge) <= _ROUND_OFF * lengths
+        near_x, near_y = np.nonzero(doubtful)
         for i in range(0, len(near_x), step):
             part = slice(i, i + step)
             squared[near_x[part], near_y[part]] = ((x[rows][near_x[part]] - y[near_y[part]]) ** 2).sum(1)

@@ -145,3 +145,40 @@ def test_unusable_sets_are_refused_in_words():
     heldout = np.concatenate([b[5:7], draw(9, 4, 2)])
     assert memorisation(a, b, heldout, twins="allow").twins == 2
     assert memorisation(a, b, heldout, twins="allow").expected == pytest.approx(3 / 12)
+
+
+def exactly(real, fake, k):
+    """The four numbers in whole numbers, where nothing is rounded."""
+    squared = [((x[:, None] - y[None]) ** 2).sum(2) for x, y in ((real, real), (fake, fake), (real, fake))]
+    radius = [np.sort(x, axis=1)[:, k] for x in squared[:2]]
+    between = squared[2]
+    precision = (between <= radius[0][:, None]).any(0).mean()
+    recall = (between <= radius[1][None]).any(1).mean()
+    density = (between < radius[0][:, None]).sum(0).mean() / k
+    return precision, recall, density, (between.min(1) < radius[0]).mean()
+
+
+@pytest.mark.parametrize("spread", [3, 12, 1_000])
+@pytest.mark.parametrize("block", [2**24, 700])
+def test_ties_count_as_ties(monkeypatch, spread, block):
+    """Round-off put every second tie inside a ball: density was 0.79 instead of 0.57."""
+    monkeypatch.setattr(neighbours, "_BLOCK", block)
+    random = np.random.default_rng(0)
+    real, fake = random.integers(0, spread, (300, 3)), random.integers(0, spread, (250, 3))
+    found = (*precision_recall(real, fake, 5), *density_coverage(real, fake, 5))
+    assert found == pytest.approx(exactly(real, fake, 5), rel=1e-14)
+
+
+@pytest.mark.parametrize("d", [3, 64, 513])
+def test_a_set_against_itself_has_the_density_of_its_neighbours_alone(d):
+    """Each ball holds its centre and k - 1 neighbours; the k-th lies on its edge."""
+    a = draw(400, d) + 7.3
+    assert density_coverage(a, a[np.random.default_rng(1).permutation(400)], 5) == (1.0, 1.0)
+
+
+def test_a_set_that_is_nearer_throughout_has_an_interval_all_the_same():
+    train = draw(60, 4, 0)
+    found = memorisation(train[:20] + 1e-6, train, draw(30, 4, 1) + 5.0)
+    assert (found.closer["value"], found.closer["high"]) == (1.0, 1.0)
+    assert 0.8 < found.closer["low"] < 0.9  # 20 of 20
+    assert "given the threshold" in found.copied["method"]
