@@ -79,6 +79,8 @@ def frechet_from_statistics(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) ->
             )
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
             raise ValueError(f"mean_{name} or cov_{name} holds a value that is not finite")
+        if np.abs(cov - cov.T).max(initial=0.0) > 1e-5 * np.abs(np.diag(cov)).max(initial=0.0):
+            raise ValueError(f"cov_{name} is no covariance: it is not symmetric")
     factors = [_factor_of_covariance((cov + cov.T) / 2) for cov in covs]
     return _distance(means[0], means[1], *factors)
 
@@ -107,10 +109,11 @@ def frechet_influence(a: Any, b: Any) -> tuple[float, FloatArray, FloatArray | N
     sides = check_features(a, "a"), None if isinstance(b, Moments) else check_features(b, "b")
     moments = _of_one_width(sides[0], b if sides[1] is None else sides[1])
     factors = factor_of(moments[0]), factor_of(moments[1])
-    left, values, right = _singular_vectors(*factors)
     difference = moments[0].mean - moments[1].mean
-    trace = float(sum(np.sum(factor.matrix**2) for factor in factors))
-    distance = max(0.0, float(difference @ difference) + trace - 2.0 * float(values.sum()))
+    apart = float(difference @ difference) + float(sum(np.sum(factor.matrix**2) for factor in factors))
+    _check_size(apart)
+    left, values, right = _singular_vectors(*factors)
+    distance = max(0.0, apart - 2.0 * float(values.sum()))
 
     def influence(features: FloatArray, which: int, vectors: FloatArray, sign: float) -> FloatArray:
         deviations = features - moments[which].mean
@@ -163,38 +166,49 @@ def factor_of(moments: Moments) -> Factor:
 
 
 def _factor_of_covariance(cov: FloatArray, count_known: bool = True) -> Factor:
-    """Upper Cholesky factor where the rank is full, else the range's eigenvectors."""
-    alive = (
-        np.diag(cov) > 0
-    )  # a feature that never moves is left out exactly; the range of the rest keeps its precision
+    """Upper Cholesky factor where the rank is full, else the range's eigenvectors.
+
+    Rank is counted among the correlations, so that a feature of small scale is not taken for one without variance: what
+    is a millionth in one set may be large in the other.
+    """
+    _check_size(np.trace(cov))
     if (np.diag(cov) < 0).any():
         raise ValueError(
             f"a covariance has the negative eigenvalue or variance {np.diag(cov).min():.3g}; it is no covariance"
         )
-    matrix, values = np.zeros((0, len(cov))), np.zeros(0)
+    # a feature that never moves is left out exactly; the range of the rest keeps its precision
+    alive = np.diag(cov) > 0
+    if not alive.any():
+        return Factor(np.zeros((0, len(cov))), None, lambda u: np.zeros((len(u), 0)))
+    upper = _cholesky(cov if alive.all() else cov[np.ix_(alive, alive)])
+    if upper is None:
+        return _range_factor(cov, alive, count_known)
     if alive.all():
-        upper = _cholesky(cov)
-        if upper is not None:
-            return Factor(upper, cov, lambda u: scipy.linalg.solve_triangular(upper, u.T, trans="T").T)
-    elif alive.any():
-        upper = _cholesky(cov[np.ix_(alive, alive)])
-        if upper is not None:
-            matrix = np.zeros((len(upper), len(cov)))
-            matrix[:, alive] = upper
-            return Factor(matrix, None, lambda u: scipy.linalg.solve_triangular(upper, u[:, alive].T, trans="T").T)
-    if alive.any():
-        values, vectors = np.linalg.eigh(cov)
-        if values[0] < -1e-6 * max(values[-1], np.finfo(np.float64).tiny):
-            raise ValueError(f"a covariance has the negative eigenvalue {values[0]:.3g}; it is no covariance")
-        kept = values > _tolerance(len(cov)) * values[-1]
-        values, matrix = values[kept], (vectors[:, kept] * np.sqrt(values[kept])).T
-        if not count_known:
-            warnings.warn(
-                f"a covariance of width {len(cov)} has rank {len(matrix)} and its file does not say of how many "
-                "samples; if they were no more than features, the distance is wrong by 1e-6 and more",
-                stacklevel=4,
-            )
-    return Factor(matrix, None, lambda u: u @ (matrix / values[:, None]).T)
+        return Factor(upper, cov, lambda u: scipy.linalg.solve_triangular(upper, u.T, trans="T").T)
+    matrix = np.zeros((len(upper), len(cov)))
+    matrix[:, alive] = upper
+    return Factor(matrix, None, lambda u: scipy.linalg.solve_triangular(upper, u[:, alive].T, trans="T").T)
+
+
+def _range_factor(cov: FloatArray, alive: np.ndarray, count_known: bool) -> Factor:
+    """Eigenvectors of the range of the correlations, brought back to scale."""
+    scale = np.sqrt(np.diag(cov)[alive])
+    values, vectors = np.linalg.eigh(cov[np.ix_(alive, alive)] / np.outer(scale, scale))
+    if values[0] < -1e-6 * values[-1]:
+        raise ValueError(
+            f"a covariance has the negative eigenvalue {values[0]:.3g} (of its correlations); it is no covariance"
+        )
+    kept = values > _tolerance(len(cov)) * values[-1]
+    axes, roots = vectors[:, kept], np.sqrt(values[kept])
+    matrix = np.zeros((len(roots), len(cov)))
+    matrix[:, alive] = (axes * roots).T * scale
+    if not count_known:
+        warnings.warn(
+            f"a covariance of width {len(cov)} has rank {len(matrix)} and its file does not say of how many "
+            "samples; if they were no more than features, the distance is wrong by 1e-6 and more",
+            stacklevel=5,
+        )
+    return Factor(matrix, None, lambda u: (u[:, alive] / scale) @ axes / roots)
 
 
 def _tolerance(width: int) -> float:
@@ -207,14 +221,15 @@ def _cholesky(cov: FloatArray) -> FloatArray | None:
     upper, failed = scipy.linalg.lapack.dpotrf(cov.T, lower=0, clean=1)
     if failed:
         return None
-    # a smaller pivot is round-off that passed for positive
-    return upper if (np.diag(upper) ** 2).min() > _tolerance(len(cov)) * np.diag(cov).max() else None
+    # a smaller share of a feature's variance that the features before it leave is round-off that passed for positive
+    return upper if (np.diag(upper) ** 2 / np.diag(cov)).min() > _tolerance(len(cov)) else None
 
 
 def _distance(mean_a: FloatArray, mean_b: FloatArray, a: Factor, b: Factor) -> float:
     """Combine means and factors; never below zero by more than round-off, which is cut."""
     difference = mean_a - mean_b
     apart = float(difference @ difference) + float(np.sum(a.matrix**2) + np.sum(b.matrix**2))
+    _check_size(apart)
     root = None
     if a.covariance is not None and b.covariance is not None and len(difference) >= _WIDE:
         root = _sum_of_roots(_eigenvalues(a.matrix, b.covariance), a.matrix, b.matrix)
@@ -224,6 +239,12 @@ def _distance(mean_a: FloatArray, mean_b: FloatArray, a: Factor, b: Factor) -> f
         product = a.matrix @ b.matrix.T
         root = float(np.linalg.svd(product, compute_uv=False).sum()) if product.size else 0.0
     return max(0.0, apart - 2.0 * root)
+
+
+def _check_size(number: float) -> None:
+    """Refuse what overflowed: the larger of 0 and a number that is none is 0, a perfect distance."""
+    if not np.isfinite(number):
+        raise ValueError("the features are so large that their squares overflow; scale them down")
 
 
 def _eigenvalues(upper: FloatArray, cov: FloatArray) -> np.ndarray:

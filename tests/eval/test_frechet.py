@@ -202,3 +202,70 @@ def test_unusable_features_are_refused_in_words():
         frechet_distance(a[0], a)
     with pytest.raises(ValueError, match="negative eigenvalue"):
         frechet_from_statistics(np.zeros(2), np.diag([1.0, -0.5]), np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="cov_b is no covariance: it is not symmetric"):
+        frechet_from_statistics(np.zeros(2), np.eye(2), np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))
+
+
+def test_numbers_too_large_to_square_are_refused():
+    with pytest.raises(ValueError, match="so large that their squares overflow"), np.errstate(all="ignore"):
+        frechet_from_statistics([1e200], [[1.0]], [0.0], [[1.0]])
+    for n in (3, 20):
+        a = 1e200 * draw(n, 4)
+        for function in (frechet_distance, frechet_influence):
+            with pytest.raises(ValueError, match="so large that"), np.errstate(all="ignore"):
+                function(a, a)  # with 3 samples it was 0: the larger of 0 and a number that is none
+
+
+def exact_distance(a, b):
+    """By 60 digits, for covariances of full rank."""
+    with mpmath.workdps(60):
+        means, covs = [], []
+        for x in (a, b):
+            x = mpmath.matrix(x.tolist())
+            mean = [mpmath.fsum(x[i, j] for i in range(x.rows)) / x.rows for j in range(x.cols)]
+            centred = mpmath.matrix(x.rows, x.cols)
+            for i in range(x.rows):
+                for j in range(x.cols):
+                    centred[i, j] = x[i, j] - mean[j]
+            means.append(mean)
+            covs.append(centred.T * centred / (x.rows - 1))
+        lower = mpmath.cholesky(covs[0])
+        values = mpmath.eigsy(lower.T * covs[1] * lower, eigvals_only=True)
+        traces = sum(cov[i, i] for cov in covs for i in range(cov.rows))
+        between = sum((p - q) ** 2 for p, q in zip(*means, strict=True))
+        return float(between + traces - 2 * sum(mpmath.sqrt(value) for value in values))
+
+
+@pytest.mark.parametrize("other", ["same scales", "reversed", "one scale"])
+def test_features_of_unlike_scale_are_not_taken_for_dead_ones(other):
+    """A variance of 1e-18 against 1 is below round-off of the largest, and counts; it was 6e-9 off."""
+    random = np.random.default_rng(0)
+    scale = np.logspace(0, -9, 10)
+    a = random.normal(size=(40, 10)) * scale
+    b = random.normal(size=(30, 10)) * {"same scales": scale, "reversed": scale[::-1], "one scale": 1.0}[other]
+    assert frechet_distance(a, b) == pytest.approx(exact_distance(a, b), rel=1e-12)
+
+
+def test_rank_is_lost_at_every_scale_alike():
+    """Doubled features of scales from 1 to 1e-9: the distance is that of the single ones, doubled at most."""
+    random = np.random.default_rng(0)
+    scale = np.logspace(0, -9, 6)
+    a, b = random.normal(size=(40, 6)) * scale, random.normal(size=(30, 6)) + 0.1
+    doubled = [np.concatenate([x, x], axis=1) for x in (a, b)]
+    assert frechet_distance(*doubled) == pytest.approx(2 * exact_distance(a, b), rel=1e-9)
+    of_single, of_doubled = (frechet_influence(x, y)[1] for x, y in ((a, b), doubled))
+    assert of_doubled == pytest.approx(2 * of_single, rel=1e-7, abs=1e-9 * np.abs(of_single).max())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_wide_features_of_unlike_scale_equal_the_road_without_covariances(reverse):
+    """Where eigenvalues are taken; the singular values of the centred features need no covariance."""
+    random = np.random.default_rng(0)
+    scale = np.logspace(0, -9, 260)
+    a, b = random.normal(size=(400, 260)) * scale, random.normal(size=(350, 260)) * (scale[::-1] if reverse else 1.0)
+    a_c, b_c = a - a.mean(0), b - b.mean(0)
+    nuclear = scipy.linalg.svdvals(a_c @ b_c.T).sum() / np.sqrt(399 * 349)
+    traces = (a_c**2).sum() / 399 + (b_c**2).sum() / 349
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + traces - 2 * nuclear
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert frechet_influence(a, b)[0] == pytest.approx(expected, rel=1e-12)
