@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -79,7 +80,10 @@ def extract_set(
 
 
 def _key(extractor: Extractor, images: ImageSet, rows: range) -> str:
-    digest = hashlib.sha256(json.dumps([extractor.describe(), extractor.precision], sort_keys=True).encode())
+    rule: list[Any] = [extractor.describe(), extractor.precision]
+    if extractor.classes:  # files from before hold logits with the bias
+        rule.append("logits without bias")
+    digest = hashlib.sha256(json.dumps(rule, sort_keys=True).encode())
     for row in rows:
         digest.update(images.digest(row))
     return digest.hexdigest()

@@ -1,5 +1,7 @@
 """Inception v3 as FID knows it: the network of the 2015 TensorFlow graph, 2,048 features and 1,008 logits.
 
+The logits are without the last layer's bias, as the Inception score's own code computes them and every published score.
+
 It differs from torchvision's network of the same name: average pools do not count the padding, the last block pools
 by maximum, and there are 1,008 classes. Source: Szegedy et al. 2015, arXiv:1512.00567; Heusel et al. 2017,
 arXiv:1706.08500 (which weights).
@@ -192,7 +194,6 @@ class Inception(nn.Module):
             for name in [name for name in folded if name.startswith(block.name + ".")]:
                 self._keep(name, *folded[name])
         self.register_buffer("fc_weight", tensors["fc.weight"].float())
-        self.register_buffer("fc_bias", tensors["fc.bias"].float())
 
     def _keep(self, name: str, weight: Tensor, bias: Tensor) -> None:
         self._names[name] = name.replace(".", "_")
@@ -214,7 +215,7 @@ class Inception(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features [B, 2048] and logits [B, 1008] (float32).
+        """Return features [B, 2048] and logits without bias [B, 1008] (float32).
 
         Args:
             pixels: float [B, 3, 299, 299] in 0 ... 255, after the resizing of the protocol.
@@ -229,7 +230,7 @@ class Inception(nn.Module):
         for block in BLOCKS:
             x = self._block(x, block)  # [B, 288, 35, 35], [B, 768, 17, 17], [B, 2048, 8, 8]
         features = x.float().mean((2, 3))
-        return features, F.linear(features, self.fc_weight, self.fc_bias)
+        return features, F.linear(features, self.fc_weight)
 
     def _block(self, x: Tensor, block: Block) -> Tensor:
         opened = self._conv(x, block.name, relu=False)

@@ -1,11 +1,17 @@
 """FID's Inception against torch-fidelity's, with random weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from mmdit_eval.feature_cache import _key
 from mmdit_eval.features import load_extractor
+from mmdit_eval.image_sets import from_array
 from mmdit_eval.inception import Inception, convolutions, legacy_pixels
+from mmdit_eval.metrics import METRICS
 from mmdit_eval.resizing import to_tensor
+from mmdit_eval.set_comparison import SetOptions, evaluate_images
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +19,9 @@ def theirs(inception_file):
     """torch-fidelity's network with the same weights."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    return FeatureExtractorInceptionV3("x", ["2048", "logits"], feature_extractor_weights_path=str(inception_file))
+    return FeatureExtractorInceptionV3(
+        "x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_file)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +30,8 @@ def images():
 
 
 def test_features_and_logits_equal_torch_fidelitys(inception_file, theirs, images):
+    """The Inception score's code multiplies by the last weight and adds no bias; so does torch-fidelity by default."""
+    assert theirs.get_default_feature_layer_for_metric("isc") == "logits_unbiased"
     tensors = torch.load(inception_file, weights_only=True)
     uint8 = torch.from_numpy(images).permute(0, 3, 1, 2)
     features, logits = Inception(tensors)(legacy_pixels(to_tensor(images)))
@@ -69,3 +79,16 @@ def test_torchvisions_network_and_broken_files_are_refused(tmp_path, inception_f
     broken.write_bytes(inception_file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"broken\.pth cannot be read as weights"):
         load_extractor("inception_fid", weights=str(broken))
+
+
+def test_a_score_of_logits_with_the_bias_compares_with_none_of_these(inception_file, images, tmp_path):
+    """Neither by its stamp nor by features kept from before."""
+    sets = from_array(images), from_array(images[::-1].copy())
+    stamps = [
+        evaluate_images(*sets, SetOptions(f"inception_fid@{inception_file}", metrics=metrics, progress=False))["stamp"]
+        for metrics in (("inception_score",), ("frechet",))
+    ]
+    assert [stamp["protocol"].get("logits") for stamp in stamps] == ["without bias", None]
+    assert METRICS["inception_score"].judge() == "logits without bias"
+    fid = load_extractor(f"inception_fid@{inception_file}")
+    assert _key(fid, sets[0], range(3)) != _key(replace(fid, classes=0), sets[0], range(3))
