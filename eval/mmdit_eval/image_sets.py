@@ -11,7 +11,8 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,8 +170,14 @@ def _from_table(source: str, split: str, image_column: str, caption_column: str 
     table = open_table(source, split, image_column, caption_column)
     root = Path(source).expanduser()
     cells = table.select_columns([image_column])
-    captions = tuple(map(str, table[caption_column])) if caption_column is not None else None
     names = tuple(row_name(row[image_column], i) for i, row in enumerate(cells))
+    captions = tuple(table[caption_column]) if caption_column is not None else None
+    wrong = [i for i, caption in enumerate(captions or ()) if not (isinstance(caption, str) and caption.strip())]
+    if captions is not None and wrong:
+        raise DataError(
+            f"{source}: column {caption_column!r} holds no caption in {len(wrong)} of {len(names)} rows, first "
+            f"{captions[wrong[0]]!r:.60} for {names[wrong[0]]}"
+        )
     return ImageSet(source, names, lambda i: image_bytes(cells[i][image_column], root), _decode, captions=captions)
 
 
@@ -243,15 +250,18 @@ def load_captions(file: str | Path, images: ImageSet) -> list[str]:
             raise DataError(f"{file}: {len(empty)} captions are empty, first that of {empty[0]}")
         return lines
     by_name = _captions_by_name(file, text)
-    bare = {str(Path(name).with_suffix("")): caption for name, caption in by_name.items()}
-    found = [by_name.get(name, bare.get(str(Path(name).with_suffix("")))) for name in images.names]
+    # "a" or "a.webp" may stand for a.png, but for neither of a.png and a.jpg, and not both of them for one
+    counts = [Counter(map(_bare, names)) for names in (images.names, by_name)]
+    shared = {name for count in counts for name, times in count.items() if times > 1}
+    bare = {_bare(name): caption for name, caption in by_name.items() if _bare(name) not in shared}
+    found = [by_name.get(name, bare.get(_bare(name))) for name in images.names]
     without = [name for name, caption in zip(images.names, found, strict=True) if not caption]
     if without:
         raise DataError(
             f"{file}: {len(without)} of {len(images)} pictures have no caption, first {', '.join(without[:3])}"
         )
-    known = {str(Path(name).with_suffix("")) for name in images.names}
-    spare = [name for name in by_name if str(Path(name).with_suffix("")) not in known]
+    known = {_bare(name) for name in images.names}
+    spare = [name for name in by_name if _bare(name) not in known]
     if spare:
         raise DataError(
             f"{file}: {len(spare)} captions belong to no picture of {images.source}, first {', '.join(spare[:3])}"
@@ -259,20 +269,37 @@ def load_captions(file: str | Path, images: ImageSet) -> list[str]:
     return [str(caption) for caption in found]
 
 
-def _captions_by_name(file: Path, text: str) -> dict[str, str]:
+def _bare(name: str) -> str:
+    """Return a name without the suffix of a picture; what follows another dot belongs to the name."""
+    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in SUFFIXES else name
+
+
+def _captions_by_name(file: Path, text: str) -> dict[str, str | None]:
     try:
         if file.suffix == ".json":
-            tree = json.loads(text)
-            if not isinstance(tree, dict):
-                raise ValueError(f"holds a {type(tree).__name__}, not an object of name: caption")
-            return {str(name): str(caption) for name, caption in tree.items()}
+            tree = json.loads(text, object_pairs_hook=list)
+            if not (isinstance(tree, list) and all(isinstance(pair, tuple) for pair in tree)):
+                raise ValueError("holds no object of name: caption")
+            return _without_doubles(tree)
         if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         elif file.suffix == ".csv":
             rows = list(csv.DictReader(io.StringIO(text)))
         else:
             raise ValueError("captions come as .txt, .json, .jsonl or .csv")
-        return {row["file_name"]: row["text"] if "text" in row else row["caption"] for row in rows}
+        return _without_doubles([(row["file_name"], row["text"] if "text" in row else row["caption"]) for row in rows])
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         reason = f"a row has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{file} cannot be read as captions: {reason}") from error
+
+
+def _without_doubles(pairs: Sequence[tuple[Any, Any]]) -> dict[str, str | None]:
+    """Return {name: caption}, None where a caption is no text.
+
+    Raises:
+        ValueError: a name that stands there twice, so that one of its captions would be lost.
+    """
+    doubles = [name for name, times in Counter(str(name) for name, _ in pairs).items() if times > 1]
+    if doubles:
+        raise ValueError(f"{len(doubles)} names stand there more than once, first {doubles[0]}")
+    return {str(name): caption if isinstance(caption, str) else None for name, caption in pairs}

@@ -3,6 +3,7 @@
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,6 +128,35 @@ def test_captions_come_by_line_or_by_name_and_must_fit(folder, tmp_path):
     (tmp_path / "c.csv").write_text("name,text\na/0.png,x\n")
     with pytest.raises(DataError, match="a row has no 'file_name'"):
         load_captions(tmp_path / "c.csv", images)
+    (tmp_path / "c.json").write_text(json.dumps({**by_name, "a/1.png": None}))
+    with pytest.raises(DataError, match=r"1 of 6 pictures have no caption, first a/1\.png"):
+        load_captions(tmp_path / "c.json", images)
+
+
+def test_no_caption_is_lost_or_given_to_another_picture(tmp_path):
+    """Names that differ after a dot, or in their suffix alone; and names that stand there twice."""
+    names = ("v1.5.png", "v1.6.png", "v1.png", "a.png", "a.jpg")
+    images = replace(from_array(np.zeros((5, 2, 2, 3), dtype=np.uint8)), names=names)
+    file = tmp_path / "c.json"
+    whole = {"v1.5": "five", "v1.6": "six", "v1": "one", "a.png": "png", "a.jpg": "jpg"}
+    file.write_text(json.dumps(whole))
+    assert load_captions(file, images) == list(whole.values())
+    for spare in ("a.png", "a"):
+        file.write_text(json.dumps({"v1.5": "five", "v1.6": "six", "v1": "one", spare: "whose?"}))
+        with pytest.raises(DataError, match=r"of 5 pictures have no caption, first a\."):
+            load_captions(file, images)
+    file.write_text('{"v1": "first", "v1": "second"}')
+    with pytest.raises(DataError, match="1 names stand there more than once, first v1"):
+        load_captions(file, images)
+    rows = tmp_path / "c.jsonl"
+    rows.write_text("\n".join(json.dumps({"file_name": n, "text": "x"}) for n in (*names, "a.png")))
+    with pytest.raises(DataError, match=r"more than once, first a\.png"):
+        load_captions(rows, images)
+    rows.write_text("\n".join(json.dumps({"file_name": n, "text": "x\u2028y"}, ensure_ascii=False) for n in names))
+    assert load_captions(rows, images) == ["x\u2028y"] * 5
+    file.write_text("[1]")
+    with pytest.raises(DataError, match="no object of name: caption"):
+        load_captions(file, images)
 
 
 def counting(monkeypatch, chunk=4):
