@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -30,10 +30,8 @@ class Tower(Protocol):
         """Tokens the tower reads."""
 
 
-def clip_scores(image_embeds: Any, text_embeds: Any) -> FloatArray:
-    """Return max(100 cos, 0) per pair, [N].
-
-    Source: Hessel et al. 2021, arXiv:2104.08718, Eq. 1, with w = 100 as in common implementations (the paper has 2.5).
+def cosines(image_embeds: Any, text_embeds: Any) -> FloatArray:
+    """Return the cosine of each pair, [N].
 
     Args:
         image_embeds, text_embeds: [N, d], any real dtype, not all zeros; normalised here.
@@ -54,12 +52,37 @@ def clip_scores(image_embeds: Any, text_embeds: Any) -> FloatArray:
             raise ValueError(f"{name} holds an embedding of length zero, which has no direction")
     image = image / np.linalg.norm(image, axis=1, keepdims=True)
     text = text / np.linalg.norm(text, axis=1, keepdims=True)
-    scores: FloatArray = np.maximum(100.0 * (image * text).sum(1), 0.0)
+    found: FloatArray = (image * text).sum(1)
+    return found
+
+
+def clip_scores(image_embeds: Any, text_embeds: Any) -> FloatArray:
+    """Return max(100 cos, 0) per pair, [N].
+
+    Source: Hessel et al. 2021, arXiv:2104.08718, Eq. 1, with w = 100 as in common implementations (the paper has 2.5).
+
+    Raises:
+        ValueError: as `cosines`.
+    """
+    scores: FloatArray = np.maximum(100.0 * cosines(image_embeds, text_embeds), 0.0)
     return scores
 
 
-def clip_score(image_embeds: Any, text_embeds: Any) -> float:
-    """Return the mean of `clip_scores`: 0 ... 100. Comparable only within one CLIP."""
+def clip_score(image_embeds: Any, text_embeds: Any, *, clamp: Literal["each", "mean"] = "each") -> float:
+    """Return the mean over pairs, 0 ... 100. Comparable only within one CLIP.
+
+    Args:
+        image_embeds, text_embeds: [N, d].
+        clamp: `each`, the mean of max(100 cos, 0), as in the paper; `mean`, max(mean of 100 cos, 0), as torchmetrics
+            has it. They differ where a picture is opposed to its caption.
+
+    Raises:
+        ValueError: as `cosines`, or an unknown `clamp`.
+    """
+    if clamp not in ("each", "mean"):
+        raise ValueError(f"clamp must be 'each' or 'mean', got {clamp!r}")
+    if clamp == "mean":
+        return max(0.0, 100.0 * float(cosines(image_embeds, text_embeds).mean()))
     return float(clip_scores(image_embeds, text_embeds).mean())
 
 

@@ -17,7 +17,7 @@ from mmdit.config import EmojiConfig, SuiteConfig
 from mmdit.data import make_dataset
 from mmdit.diffusion.loss import equidistant_levels
 from mmdit.pipeline import TextToImage
-from mmdit_eval.clip_score import caption_embeds, clip_scores
+from mmdit_eval.clip_score import caption_embeds, clip_score, clip_scores
 from mmdit_eval.distance_metrics import DISTANCES
 from mmdit_eval.features import Extractor, TextTower, extract, extract_logits, hash_tensors, load_extractor, tiny_clip
 from mmdit_eval.frechet import frechet_influence
@@ -114,7 +114,7 @@ class Metric:
 
     Attributes:
         data: the kind of data set (None: any).
-        judge: hash of the network that judges, if there is one.
+        judge: hash of the network that judges, if there is one, or what else of the rule a stamp must say.
         logits: the extractor must be a classifier.
     """
 
@@ -155,7 +155,10 @@ def score_captions(images: FloatArray, captions: Sequence[str], tower: TextTower
     """Score embeddings of pictures [N, e] against their captions; says how many captions were too long."""
     text, long = caption_embeds(captions, tower, policy)
     values = clip_scores(images, text)
-    details = {"long_captions": {"policy": policy, "limit": tower.limit, "over_limit": long}}
+    details = {
+        "long_captions": {"policy": policy, "limit": tower.limit, "over_limit": long},
+        "clip_score_of_clamped_mean": clip_score(images, text, clamp="mean"),
+    }
     return Measured(
         {"clip_score": mean_interval(values)}, {"clip_score": [round(float(v), 4) for v in values]}, details=details
     )
@@ -293,7 +296,7 @@ METRICS: dict[str, Metric] = {
     "clip_score": Metric(_clip_score, judge=_clip_hash),
     "frechet": Metric(_frechet),
     **{name: Metric(_distance(name)) for name in DISTANCES if name != "frechet"},
-    "inception_score": Metric(_inception_score, logits=True),
+    "inception_score": Metric(_inception_score, logits=True, judge=lambda: "logits without bias"),
     "memorisation": Metric(_memorisation),
     "validation_loss": Metric(_validation_loss),
     "common_loss": Metric(_common_loss),

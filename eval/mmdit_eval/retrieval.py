@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+_TIE = 1e-12  # cosines nearer than this are equal but for round-off
+
 
 def retrieval_hits(queries: Any, candidates: Any, truth: Sequence[int], sets: Sequence[Sequence[int]]) -> np.ndarray:
     """Say for each query whether its true candidate is the nearest by cosine among its own set.
@@ -21,13 +23,17 @@ def retrieval_hits(queries: Any, candidates: Any, truth: Sequence[int], sets: Se
         bool [N]. Ties count as misses: a judge that sees no difference has not found the picture.
 
     Raises:
-        ValueError: widths or lengths that differ, or a set without its true candidate.
+        ValueError: widths or lengths that differ, values that are not finite, or a set without its true candidate.
     """
     q, c = np.asarray(queries, dtype=np.float64), np.asarray(candidates, dtype=np.float64)
     if q.ndim != 2 or c.ndim != 2 or q.shape[1] != c.shape[1]:
         raise ValueError(f"queries [N, d] and candidates [M, d] differ: {list(q.shape)} and {list(c.shape)}")
     if not len(q) == len(truth) == len(sets):
         raise ValueError(f"got {len(q)} queries, {len(truth)} true candidates and {len(sets)} sets; need one each")
+    for name, array in (("queries", q), ("candidates", c)):
+        bad = np.flatnonzero(~np.isfinite(array).all(1))
+        if bad.size:
+            raise ValueError(f"{name} hold values that are not finite in {bad.size} row(s), the first is row {bad[0]}")
     q = q / np.linalg.norm(q, axis=1, keepdims=True).clip(1e-12)
     c = c / np.linalg.norm(c, axis=1, keepdims=True).clip(1e-12)
     hits = np.zeros(len(q), dtype=bool)
@@ -36,7 +42,7 @@ def retrieval_hits(queries: Any, candidates: Any, truth: Sequence[int], sets: Se
         if len(others) == len(among):
             raise ValueError(f"the set of query {i} does not contain its true candidate {true}")
         own = float(q[i] @ c[true])
-        hits[i] = not others or own > float((c[others] @ q[i]).max())
+        hits[i] = not others or own > float((c[others] @ q[i]).max()) + _TIE
     return hits
 
 
