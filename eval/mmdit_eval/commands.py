@@ -83,6 +83,7 @@ def images_command(words: Sequence[str]) -> int:
     parser.add_argument("fake", help="folder, list (.txt), table (.parquet), array (.npy, .npz)")
     parser.add_argument("--against", required=True, help="the same, or statistics (.npz with mu and sigma)")
     parser.add_argument("--captions", help="captions of FAKE: .txt, .json, .jsonl, .csv")
+    parser.add_argument("--caption-column", help="of FAKE where it is a table: its captions")
     parser.add_argument("--train", help="pictures of the training, for the metric memorisation")
     parser.add_argument("--metrics", nargs="+", default=["frechet", "kernel"])
     parser.add_argument("--clip", help="extractor of CLIP-score, where --extractor has no text tower")
@@ -206,6 +207,7 @@ def _set_options(arguments: argparse.Namespace) -> Any:
         against_sizes=given.get("against_sizes", "any"),
         split=arguments.split,
         image_column=arguments.image_column,
+        caption_column=given.get("caption_column"),
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         cache=cache_folder(arguments.cache, not arguments.no_cache),

@@ -50,17 +50,25 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], varies: Sequence[str] = 
     for split in a["splits"]:
         left, right = a["splits"][split]["per_image"], b["splits"][split]["per_image"]
         for name in left:
-            pairs = [(x, y) for x, y in zip(left[name], right.get(name, []), strict=False) if None not in (x, y)]
+            if name not in right:
+                continue
+            if len(left[name]) != len(right[name]):
+                raise ValueError(
+                    f"{split}.{name} has {len(left[name])} pictures in {a['run']!r} and {len(right[name])} in "
+                    f"{b['run']!r}: they cannot be paired"
+                )
+            pairs = [(x, y) for x, y in zip(left[name], right[name], strict=True) if None not in (x, y)]
             if pairs:
                 found.setdefault(split, {})[name] = paired_interval(*zip(*pairs, strict=True))
+        kind = "fixed" if a.get("kind") == "images" else "paired"
         moved = [side["splits"][split].get("influence", {}) for side in (a, b)]
         for name in moved[0].keys() & moved[1].keys():
             values = [side["splits"][split]["scores"][name]["value"] for side in (a, b)]
-            found.setdefault(split, {})[name] = _difference_of_distances(values, [side[name] for side in moved])
+            found.setdefault(split, {})[name] = _difference_of_distances(values, [side[name] for side in moved], kind)
     return found
 
 
-def _difference_of_distances(values: Sequence[float], influences: Sequence[Sequence[float]]) -> Estimate:
+def _difference_of_distances(values: Sequence[float], influences: Sequence[Sequence[float]], kind: str) -> Estimate:
     """Delta method for a difference of two distances, picture by picture.
 
     What an influence counts is what is drawn anew: the picture alone where the reference stays as it is (folders), the
@@ -72,7 +80,7 @@ def _difference_of_distances(values: Sequence[float], influences: Sequence[Seque
 
     difference = np.subtract(*(np.asarray(influence, dtype=np.float64) for influence in influences))
     estimate = influence_interval(values[0] - values[1], difference, None, "fixed")
-    estimate["method"] = "paired delta, at this N"
+    estimate["method"] = f"paired delta, at this N, reference {kind}"
     return estimate
 
 

@@ -38,6 +38,7 @@ class SetOptions:
         extractor, clip: names for `load_extractor`; `clip` is that of CLIP-score, None: the extractor itself.
         weights: file or folder of the extractor's weights.
         sizes: `equal`, `any` or a number of pixels, for the pictures to be judged; `against_sizes` for the others.
+        split, image_column: of tables; `caption_column`, of the table of the pictures to be judged: their captions.
         cache: folder of kept features; None: keep none.
     """
 
@@ -51,6 +52,7 @@ class SetOptions:
     against_sizes: str = "equal"
     split: str = "train"
     image_column: str = "image"
+    caption_column: str | None = None
     batch_size: int = 64
     seed: int = 0
     cache: Path | None = None
@@ -85,12 +87,15 @@ def evaluate_images(
     """
     options, share, started = options or SetOptions(), share or Share(), time.perf_counter()
     metrics = {name: lookup(SET_METRICS, name, "metric") for name in options.metrics}
-    judged = _open(fake, options, options.sizes)
+    judged = _open(fake, options, options.sizes, options.caption_column)
     words = _captions(captions, judged)
     if "memorisation" in metrics and train is None:
         raise ValueError("memorisation needs the pictures of the training: --train FOLDER; --against then names others")
     if "clip_score" in metrics and words is None:
-        raise ValueError(f"clip_score needs captions, and {judged.source} comes without; give --captions FILE")
+        raise ValueError(
+            f"clip_score needs captions, and {judged.source} comes without; give --captions FILE, or "
+            "--caption-column NAME of a table"
+        )
     other = against if is_statistics(against) else _open(against, options, options.against_sizes)
     _check_counts(judged, *([other] if isinstance(other, ImageSet) else []))
 
@@ -175,6 +180,8 @@ def _stamp(pair: Pair, options: SetOptions, reference: dict[str, Any]) -> dict[s
         "long_captions": options.long_captions if pair.clip is not None else None,
         "seed": options.seed,
     }
+    if "inception_score" in options.metrics:
+        protocol["logits"] = "without bias"
     stamp: dict[str, Any] = json.loads(json.dumps({"protocol": protocol, "inference": {}}))
     return stamp
 
@@ -235,10 +242,14 @@ def set_digest(images: ImageSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def _open(source: str | Path | ImageSet, options: SetOptions, sizes: str) -> ImageSet:
+def _open(
+    source: str | Path | ImageSet, options: SetOptions, sizes: str, caption_column: str | None = None
+) -> ImageSet:
     if isinstance(source, ImageSet):
         return source
-    return open_images(source, sizes=sizes, split=options.split, image_column=options.image_column)
+    return open_images(
+        source, sizes=sizes, split=options.split, image_column=options.image_column, caption_column=caption_column
+    )
 
 
 def _captions(captions: str | Path | Sequence[str] | None, images: ImageSet) -> list[str] | None:

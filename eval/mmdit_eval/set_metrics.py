@@ -5,6 +5,7 @@ A metric is a function of `Pair` and returns `Measured`, as in `metrics.METRICS`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,13 @@ def _kernel(pair: Pair) -> Measured:
 
 
 def _cmmd(pair: Pair) -> Measured:
+    """Measure CMMD; said where the extractor is no CLIP, since published numbers are on CLIP's embeddings."""
+    if pair.extractor.text is None:
+        warnings.warn(
+            f"cmmd on {pair.extractor.name!r}, which is no CLIP: compare the number with none that was published "
+            "(--extractor clip:FOLDER)",
+            stacklevel=2,
+        )
     return Measured({"cmmd": cmmd_interval(pair.fake, pair.rows())})
 
 

@@ -217,7 +217,7 @@ def openclip(options: Options) -> Extractor:
 
     @torch.inference_mode()
     def embed(captions: Sequence[str]) -> Tensor:
-        return model.encode_text(tokenizer(list(captions)).to(options.place)).float().cpu()
+        return model.encode_text(tokenizer(list(captions), limit).to(options.place)).float().cpu()
 
     return Extractor(
         name=f"openclip:{name}",
@@ -228,14 +228,23 @@ def openclip(options: Options) -> Extractor:
         network=lambda pixels: model.encode_image(pixels.to(options.dtype)),
         precision=options.precision,
         text=TextTower(
-            torch.inference_mode()(
-                lambda captions: model.encode_text(tokenizer(captions).to(options.place)).float().cpu()
-            ),
+            embed,
             lambda features: features,
-            lambda captions: [len(tokenizer.encode(caption)) + 2 for caption in captions],
+            lambda captions: openclip_lengths(tokenizer, captions),
             limit,
         ),
     )
+
+
+def openclip_lengths(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+    """Return the tokens of each caption, its marks included, by whichever tokenizer open_clip chose for the model.
+
+    CLIP's own counts without start and end; those of SigLIP and of multilingual models wrap one of transformers.
+    """
+    if hasattr(tokenizer, "encode"):
+        return [len(tokenizer.encode(caption)) + 2 for caption in captions]
+    clean = getattr(tokenizer, "clean_fn", str)
+    return [len(tokenizer.tokenizer(clean(caption)).input_ids) for caption in captions]
 
 
 def _frozen(model: Any, options: Options) -> Any:

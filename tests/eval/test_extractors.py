@@ -198,6 +198,21 @@ def test_unknown_names_get_the_nearest_one():
         load_extractor("timm:")
 
 
+def test_tokenizers_of_other_libraries_count_their_own_marks():
+    """Those of SigLIP and of multilingual models have no `encode`."""
+    from types import SimpleNamespace
+
+    from mmdit_eval.towers import openclip_lengths
+
+    def wrapped(text):
+        return SimpleNamespace(input_ids=[*text.split(), "end"])
+
+    cleaning = SimpleNamespace(tokenizer=wrapped, clean_fn=lambda text: text.replace("-", " "))
+    assert openclip_lengths(cleaning, ["a red-circle", "x"]) == [4, 2]
+    assert openclip_lengths(SimpleNamespace(tokenizer=wrapped), ["a red-circle"]) == [3]
+    assert openclip_lengths(SimpleNamespace(encode=list), ["abc"]) == [5]
+
+
 def test_weights_are_found_by_file_folder_variable_and_in_safetensors(tmp_path, monkeypatch):
     from safetensors.torch import save_file
 

@@ -78,6 +78,11 @@ def test_two_sets_are_compared_picture_by_picture_and_unlike_ones_are_refused(fo
     values = [side["splits"]["images"]["scores"]["frechet"]["value"] for side in (a, b)]
     assert distance["value"] == pytest.approx(values[0] - values[1])
     assert distance["high"] - distance["value"] < 2 * (distance["value"] - distance["low"])  # it has one
+    assert distance["method"] == "paired delta, at this N, reference fixed"
+    short = json.loads((folders / "b.json").read_text())
+    short["splits"]["images"]["per_image"]["clip_score"].pop()
+    with pytest.raises(ValueError, match=r"images\.clip_score has 24 pictures in .* and 23 in"):
+        compare(a, short)
     main(words(folders, "--metrics", "frechet", "--sizes", "32", out="c.json"))
     capsys.readouterr()
     assert main(["compare", str(folders / "a.json"), str(folders / "c.json")]) == 2
@@ -136,9 +141,32 @@ def test_copies_of_the_training_are_found(scenes):
         evaluate_images(from_array(copies), heldout, options)
 
 
+def test_captions_come_from_a_column_of_the_table(scenes, folders, tmp_path, capsys):
+    import datasets
+
+    rows = [{"bytes": path.read_bytes(), "path": None} for path in sorted((folders / "fake").iterdir())]
+    lines = (folders / "captions.txt").read_text().splitlines()
+    for name, captions in (("whole", lines), ("broken", [*lines[:-1], None])):
+        table = datasets.Dataset.from_dict({"image": rows, "words": captions})
+        table.cast_column("image", datasets.Image(decode=False)).to_parquet(tmp_path / f"{name}.parquet")
+    shared = ["--against", str(folders / "real"), "--extractor", "tiny_clip", "--metrics", "clip_score", "--quiet"]
+    shared += ["--no-cache", "--out", str(tmp_path / "out.json")]
+    scores = []
+    for more in (
+        [str(tmp_path / "whole.parquet"), "--caption-column", "words"],
+        [str(folders / "fake"), "--captions", str(folders / "captions.txt")],
+    ):
+        assert main(["images", *more, *shared]) == 0
+        scores.append(json.loads((tmp_path / "out.json").read_text())["splits"]["images"]["per_image"]["clip_score"])
+    assert scores[0] == scores[1]
+    assert main(["images", str(tmp_path / "broken.parquet"), "--caption-column", "words", *shared]) == 2
+    assert "column 'words' holds no caption in 1 of 24 rows, first None for" in capsys.readouterr().err
+
+
 def test_sets_of_different_size_have_a_value(scenes):
     options = SetOptions("pixel_statistics", metrics=("frechet", "kernel", "cmmd"), progress=False)
-    found = evaluate_images(from_array(scenes[1]), from_array(scenes[0][:10]), options)
+    with pytest.warns(UserWarning, match="cmmd on 'pixel_statistics', which is no CLIP"):
+        found = evaluate_images(from_array(scenes[1]), from_array(scenes[0][:10]), options)
     assert all(np.isfinite(estimate["value"]) for estimate in found["splits"]["images"]["scores"].values())
 
 
