@@ -49,6 +49,8 @@ def retrieval_hits(queries: Any, candidates: Any, truth: Sequence[int], sets: Se
 def retrieval_at_1(image_embeds: Any, text_embeds: Any, group_size: int = 64) -> float:
     """Return the share of pictures nearest to their own caption within groups of `group_size` neighbours (R@1).
 
+    The last group reaches back into the one before it, so that chance is one in `group_size` for every picture.
+
     Equal captions in one group make the task impossible; the caller passes distinct ones or accepts the ceiling.
 
     Args:
@@ -57,6 +59,6 @@ def retrieval_at_1(image_embeds: Any, text_embeds: Any, group_size: int = 64) ->
     count = len(np.asarray(image_embeds))
     sets = []
     for i in range(count):
-        start = i // group_size * group_size
+        start = max(0, min(i // group_size * group_size, count - group_size))
         sets.append(range(start, min(start + group_size, count)))
     return float(retrieval_hits(image_embeds, text_embeds, range(count), sets).mean())

@@ -2,7 +2,8 @@
 
 What they are intervals for. A Fréchet distance of N samples is too large by about c/N, and its interval is for what
 other samples *of the same number* would give: right for comparing rows of one N, wrong as a statement about the two
-distributions. That one is `frechet_infinity_interval`. Kernel distances have no bias, and one interval serves both.
+distributions. That one is `frechet_infinity_interval`. Kernel distances of sets drawn apart have no bias, and one
+interval serves both; of sets drawn in pairs it is for this N, see `mmdit_eval.kernel`.
 
 What is drawn anew. `reference` says it: "drawn", both sets by themselves; "paired", sample i of both belongs to the
 same prompt, and prompts are drawn; "fixed", the reference is what the distance refers to and stays as it is. Left

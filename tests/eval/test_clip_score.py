@@ -17,8 +17,8 @@ def test_a_known_angle_and_a_negative_one():
     text = np.array([[1.0, 1.0], [-1.0, 0.2]])
     assert clip_scores(image, text) == pytest.approx([100 / np.sqrt(2), 0.0])
     assert clip_score(image, text) == pytest.approx(50 / np.sqrt(2))
-    opposed = -20 / np.sqrt(1.04)
-    assert clip_score(image, text, clamp="mean") == pytest.approx(50 / np.sqrt(2) + 2.5 * opposed, rel=1e-12)
+    text[1] = -0.2, 1.0
+    assert clip_score(image, text, clamp="mean") == pytest.approx(50 / np.sqrt(2) - 10 / np.sqrt(1.04), rel=1e-12)
     assert clip_score(image, -image, clamp="mean") == 0.0
     with pytest.raises(ValueError, match="clamp must be 'each' or 'mean', got 'none'"):
         clip_score(image, text, clamp="none")
@@ -38,6 +38,14 @@ def test_retrieval_of_identical_pairs_is_perfect_and_of_shifted_pairs_fails():
     a = np.eye(8)
     assert retrieval_at_1(a, a, group_size=4) == 1.0
     assert retrieval_at_1(a, np.roll(a, 1, axis=0), group_size=8) == 0.0
+
+
+def test_the_last_pictures_have_as_many_rivals_as_the_others():
+    """A lone last one had none and was always right."""
+    a = np.eye(9)
+    assert retrieval_at_1(a, -a, group_size=4) == 0.0
+    assert retrieval_at_1(a, a, group_size=4) == 1.0
+    assert retrieval_at_1(a[:3], -a[:3], group_size=4) == 0.0
 
 
 def test_a_tie_is_a_miss_and_a_lone_candidate_a_hit():
