@@ -1,7 +1,7 @@
 """Kernel distances between two sets of features: squared maximum mean discrepancy (MMD²).
 
 `kernel_distance` is unbiased for sets drawn apart, so unlike the Fréchet distance its expectation does not depend on N.
-Where row i of both sets belongs to one prompt, the N pairs that do not lie apart take 2/N of their kernel's surplus off.
+Where row i of both sets belongs to one prompt, those N pairs take 2/N of their kernel's surplus off.
 """
 
 from __future__ import annotations
