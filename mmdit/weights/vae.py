@@ -127,14 +127,14 @@ def find_prefix(keys: Iterable[str], file: object) -> str:
 
 
 def name_sources(keys: Iterable[str]) -> dict[str, str]:
-    """Return {original name: key} of the VAE in a file; training's losses, which some files carry, are left out.
+    """Return {original name: key} of the VAE in a file, without what training left in it: losses, the EMA's counters.
 
     Raises:
         ValueError: the file holds no VAE.
     """
     prefix = find_prefix(keys, getattr(keys, "path", "the file"))
     held = [key[len(prefix) :] for key in keys if key.startswith(prefix)]
-    names = original_names(key for key in held if not key.startswith("loss."))
+    names = original_names(key for key in held if not key.startswith(("loss.", "model_ema.")))
     return {name: prefix + key for name, key in names.items()}
 
 
@@ -163,10 +163,14 @@ def infer_fields(
     """Tell the fields of VAEConfig from shapes under the original names.
 
     Args:
-        folder_config: diffusers' config.json, which knows the norm groups and the latents' shift and scale.
+        folder_config: diffusers' config.json, which knows the norm groups and, where it states them, the latents' shift
+            and scale: before any family's, and a number for each channel where it has their means and deviations.
         family: sd1.5 | sdxl | sd3, where the file's other parts told or the user said; None: a bare VAE.
 
     `shift` and `scale` are left out where nothing tells them: of a bare VAE whose latents have not 16 channels, SD3's.
+
+    Raises:
+        WeightsError: tensors are missing.
     """
     levels = _levels(shapes)
     blocks = [
@@ -185,9 +189,13 @@ def infer_fields(
         raise WeightsError(f"the VAE is not whole: {error.args[0]!r} is missing; take the file again") from None
     if folder_config is not None:
         fields["norm_groups"] = folder_config.get("norm_num_groups", 32)
-        if family is None and ("scaling_factor" in folder_config or fields["latent_channels"] == 4):
+        if "scaling_factor" in folder_config or (family is None and fields["latent_channels"] == 4):
             fields["shift"] = folder_config.get("shift_factor") or 0.0
             fields["scale"] = folder_config.get("scaling_factor", 0.18215)  # diffusers' default, of SD1.5's old folders
+            means, deviations = folder_config.get("latents_mean"), folder_config.get("latents_std")
+            if means and deviations:
+                fields["shift"] = tuple(means)
+                fields["scale"] = tuple(fields["scale"] / deviation for deviation in deviations)
             return fields
     if family is None and fields["latent_channels"] == 16:
         family = "sd3"

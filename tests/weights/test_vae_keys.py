@@ -88,6 +88,20 @@ def test_a_diffusers_folder_is_loaded_with_its_own_shift_and_scale(tmp_path):
     save_file(state, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps({"norm_num_groups": 4, "scaling_factor": 0.13025}))
     assert load_vae(folder).config == load_vae(tmp_path / "pipeline").config == vae.config
+    assert load_vae(folder, family="sd1.5").config == vae.config  # what the folder states comes first
+
+
+def test_a_folder_may_scale_latents_by_channel(tmp_path):
+    vae = small(latent_channels=4)
+    state = {key: tensor.contiguous() for key, tensor in layout.to_diffusers(vae.state_dict()).items()}
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    means, deviations = [-1.6, 1.1, 1.4, -0.6], [8.4, 5.0, 5.2, 5.4]
+    config = {"norm_num_groups": 4, "scaling_factor": 0.5, "latents_mean": means, "latents_std": deviations}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, pixels = load_vae(tmp_path), torch.rand(1, 3, 32, 32)
+    mean, std = (torch.tensor(numbers).view(1, 4, 1, 1) for numbers in (means, deviations))
+    expected = (loaded.moments(pixels)[0] - mean) * 0.5 / std  # as diffusers' pipelines scale
+    assert torch.allclose(loaded.encode(pixels), expected, atol=1e-6)
 
 
 def write(tensors, path):
@@ -198,8 +212,9 @@ def test_files_of_every_dtype_load_and_a_target_dtype_is_obeyed(tmp_path, stored
         load_vae(path, dtype=torch.float8_e4m3fn)
 
 
-def test_losses_that_a_file_carries_are_left_out(tmp_path):
+def test_losses_and_the_counters_of_an_average_that_a_file_carries_are_left_out(tmp_path):
     state = {**small().state_dict(), "loss.logvar": torch.zeros(1), "loss.discriminator.main.0.weight": torch.zeros(2)}
+    state |= {"model_ema.decay": torch.zeros(()), "model_ema.num_updates": torch.zeros((), dtype=torch.int32)}
     assert load_vae(write(state, tmp_path / "v.safetensors"), norm_groups=4).config.latent_channels == 16
 
 
