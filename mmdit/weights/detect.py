@@ -55,11 +55,14 @@ _ALONE = (
     ("clip_g", "transformer.resblocks.0.attn.in_proj_weight", None),
     ("t5", "encoder.block.0.layer.0.SelfAttention.q.weight", None),
 )
-# Tables and leftovers of training that releases carry along; no network reads them.
+# Tables, marks and leftovers of training that releases carry along; no network reads them. CLIP's scale of logits, and
+# its projection, stand outside the tower in files that ComfyUI wrote.
 _LEFTOVERS = re.compile(
-    r"(loss\..*|betas|alphas_cumprod(_prev)?|(sqrt|log)_.*|posterior_.*|logvar|denoiser\.sigmas|"
-    r"cond_stage_model\.logit_scale|global_step)"
+    r"(loss\..*|betas|alphas_cumprod(_prev)?|(sqrt|log)_.*|posterior_.*|logvar|lvlb_weights|scale_factor|global_step|"
+    r"denoiser\.sigmas|model_sampling\..*|v_pred|ztsnr|edm_.*|"
+    r"(cond_stage_model|conditioner\.embedders\.\d|text_encoders\.\w+)\.(logit_scale|text_projection))"
 )
+_REFINER_POOLED = 1280 + 5 * 256  # of SDXL's refiner: its text and five numbers, one of them an aesthetic score
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def detect(files: WeightFiles) -> Detected:
     candidates = denoiser_parts(files)
     if candidates:
         parts["denoiser"] = candidates[0]
-        rest = [key for key in rest if key not in set(candidates[0].keys)]
+        taken = set(candidates[0].keys)
+        rest = [key for key in rest if key not in taken]
     for name, prefix in _PARTS:
         keys = tuple(key for key in rest if key.startswith(prefix))
         if keys and name not in parts:
@@ -199,23 +203,19 @@ def _what_else(files: WeightFiles) -> str:
             f"it holds the EMA's copy alone ({averaged} keys under 'model_ema.', whose names have lost their dots); "
             f"take the file with the weights themselves (such as v1-5-pruned-emaonly.safetensors)"
         )
-    blocks = [key for key in keys if re.search(r"(joint_blocks|transformer_blocks|input_blocks|down_blocks)\.\d+", key)]
     if any(re.search(r"(double|single)_(transformer_)?blocks\.", key) for key in keys):
         return "it is of another family (its blocks are those of FLUX); SD3, SD3.5, SD1.x and SDXL are read"
-    if blocks or any(key.endswith(("proj_out.weight", "out.2.weight", "final_layer.linear.weight")) for key in keys):
+    detected = detect(files)
+    rest = detected.unknown  # a VAE has down_blocks, too
+    blocks = [key for key in rest if re.search(r"(joint_blocks|transformer_blocks|input_blocks|down_blocks)\.\d+", key)]
+    if blocks or any(key.endswith(("proj_out.weight", "out.2.weight", "final_layer.linear.weight")) for key in rest):
         return (
             "it has blocks of one but not the first: it is a part of a sharded set (give the folder, or the "
             "index.json), or of another family"
         )
-    known = detect_alone(files)
-    if known:
-        return f"it holds {known}; the denoiser is in another file of the release"
+    if detected.parts:
+        return f"it holds {' and '.join(detected.parts)}; the denoiser is in another file of the release"
     return f"its {len(keys)} keys are of no known network, the first is {keys[0]!r}" if keys else "it is empty"
-
-
-def detect_alone(files: WeightFiles) -> str:
-    """Name the parts of a file that has no denoiser."""
-    return " and ".join(detect(files).parts)
 
 
 def _family(part: Part | None, fields: Mapping[str, Any], files: WeightFiles) -> str | None:
@@ -229,7 +229,8 @@ def _family(part: Part | None, fields: Mapping[str, Any], files: WeightFiles) ->
             return "sd3"
         return "sd3.5_large_turbo" if _says_turbo(files) else "sd3.5_large"
     if fields["pooled_dim"] is not None:
-        return "sdxl"
+        refiner = fields["pooled_dim"] == _REFINER_POOLED
+        return None if refiner or any(key.startswith("conditioner.embedders.0.model.") for key in files) else "sdxl"
     return None if fields.get("linear_projection") else "sd1.5"  # Linear without pooled: SD2
 
 

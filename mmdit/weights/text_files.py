@@ -18,6 +18,7 @@ _PIPELINES = {
     "StableDiffusionXL": "sdxl",
     "StableDiffusion": "sd1.5",
 }
+_WIDTHS = {"clip_l": 768, "clip_g": 1280}  # of the releases' CLIPs
 _FOREIGN = {
     "cond_stage_model.model.": "the text encoder of SD2 (OpenCLIP ViT-H), which no family here uses",
     "conditioner.embedders.0.model.": "the text encoder of the SDXL refiner, which is no family here",
@@ -90,8 +91,8 @@ def find_text(path: str | Path | Mapping[str, str | Path], family: str | None = 
                 if len(files) > 1:
                     names = ", ".join(file.name for file in files)
                     raise WeightsError(
-                        f"{folder} holds {len(files)} files of {name} ({names}); choose with "
-                        f"{{{name!r}: PATH, ...}} instead of the folder"
+                        f"{folder} holds {len(files)} files of {name} ({names}); name the files instead of the folder: "
+                        f"{{{name!r}: PATH, ...}}, in scripts/sample.py --text clip_l=PATH clip_g=PATH t5=PATH"
                     )
             return _separate({name: files[0] for name, files in found.items() if files}, family)
     raise FileNotFoundError(
@@ -108,7 +109,10 @@ def _one_file(path: Path, family: str | None) -> TextRelease:
         if not held:
             continue
         if family not in (None, name):
-            raise WeightsError(f"{path} holds the text encoders of {name}, not of {family}; leave `family` out")
+            raise WeightsError(
+                f"{path} holds the text encoders of {name}, not of {family}; give those of {family}, or leave `family` "
+                f"out if you named it"
+            )
         parts = {e: TextPart(e, files, name_sources(e, keys, prefix)) for e, prefix in held.items()}
         return TextRelease(name, parts, path.parent)
     for prefix, what in _FOREIGN.items():
@@ -124,7 +128,7 @@ def _alone(path: Path) -> TextPart:
     config = files.config if path.is_dir() else None
     if any(key.endswith("block.0.layer.0.SelfAttention.q.weight") for key in files):
         return TextPart("t5", files, name_sources("t5", files), config)
-    for encoder, width in (("clip_l", 768), ("clip_g", 1280)):
+    for encoder, width in _WIDTHS.items():
         sources = name_sources(encoder, files)
         if TOKEN_TABLE in sources and sources[TOKEN_TABLE].shape(files)[-1] == width:
             return TextPart(encoder, files, sources, config)
@@ -147,12 +151,27 @@ def _separate(paths: Mapping[str, str | Path], family: str | None) -> TextReleas
         if encoder not in ENCODERS:
             raise WeightsError(unknown("text encoder", encoder, ENCODERS))
         files = open_weights(path)
-        parts[encoder] = TextPart(
-            encoder, files, name_sources(encoder, files), files.config if Path(path).is_dir() else None
-        )
+        prefix = _prefix_of(encoder, files)
+        sources = name_sources(encoder, files, prefix)
+        _check_width(encoder, path, files, sources)
+        parts[encoder] = TextPart(encoder, files, sources, files.config if Path(path).is_dir() else None)
     if not parts:
         raise WeightsError(f"no paths of text encoders were given; name some of {', '.join(ENCODERS)}")
     return TextRelease(family or "sd3", parts, Path(next(iter(paths.values()))).parent)
+
+
+def _prefix_of(encoder: str, files: WeightFiles) -> str:
+    """Return what stands before an encoder's keys: nothing in a file of its own."""
+    known = [prefixes[encoder] for prefixes in PREFIXES.values() if encoder in prefixes]
+    return next((prefix for prefix in known if any(key.startswith(prefix) for key in files)), "")
+
+
+def _check_width(encoder: str, path: str | Path, files: WeightFiles, sources: Mapping[str, Source]) -> None:
+    """Refuse one released CLIP given as the other; shapes alone would make a network of either."""
+    width = sources[TOKEN_TABLE].shape(files)[-1] if encoder != "t5" and TOKEN_TABLE in sources else None
+    other = next((name for name, known in _WIDTHS.items() if known == width and name != encoder), None)
+    if other is not None:
+        raise WeightsError(f"{path} was given as {encoder} and is {other}: it is {width} wide; exchange the paths")
 
 
 def _diffusers(folder: Path, family: str | None) -> TextRelease:

@@ -303,6 +303,8 @@ CAUSES = {
     "ema": ({"model_ema.diffusion_modelinput_blocks00weight": (8, 4, 3, 3)}, "EMA's copy alone"),
     "vae": ({"first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3)}, "it holds vae; the denoiser is in another"),
     "bare vae": ({"decoder.conv_in.weight": (8, 4, 3, 3)}, "it holds vae"),
+    "vae of diffusers": ({"decoder.conv_in.weight": (8, 4, 3, 3), "encoder.down_blocks.0.resnets.0.norm1.bias": (8,),
+                          "decoder.up_blocks.0.resnets.0.norm1.bias": (8,)}, "it holds vae"),
     "text": ({"text_model.embeddings.token_embedding.weight": (9, 768)}, "it holds clip_l"),
     "flux": ({"double_blocks.0.img_attn.qkv.weight": (24, 8)}, "another family"),
     "second shard": ({"joint_blocks.20.x_block.attn.qkv.weight": (24, 8)}, "part of a sharded set"),

@@ -360,6 +360,15 @@ def test_wrong_arguments_are_refused_in_words(places, tmp_path):
         load_text_encoders(tmp_path)
 
 
+def test_one_released_clip_is_not_taken_for_the_other(tmp_path):
+    for name, width in (("clip_l", 768), ("clip_g", 1280)):
+        state = {"text_model.embeddings.token_embedding.weight": torch.zeros(2, width)}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    swapped = {"clip_l": tmp_path / "clip_g.safetensors", "clip_g": tmp_path / "clip_l.safetensors"}
+    with pytest.raises(WeightsError, match=r"given as clip_l and is clip_g: it is 1280 wide; exchange the paths"):
+        load_text_encoders(swapped)
+
+
 def test_a_width_that_does_not_tell_its_heads_asks_for_them():
     shapes = released_shapes("clip_l")
     narrow = {key: tuple(96 if n == 768 else n for n in shape) for key, shape in shapes.items()}
