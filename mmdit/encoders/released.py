@@ -116,7 +116,7 @@ def load_tower(
     with torch.device("meta"):
         module = build_tower(part.encoder, config, projected=projected)
     names = {our_name(key): key for key in module.state_dict() if key != T5_COPY}
-    expected = {name: tuple(module.state_dict()[key].shape) for name, key in names.items()}
+    expected = tower_shapes(module)
     check_shapes(f"the {part.encoder} of {family}", part.files.path, expected, shapes)
     state: dict[str, Tensor] = {}
     for name, key in names.items():
@@ -129,6 +129,11 @@ def load_tower(
     return Tower(
         module.eval().requires_grad_(False), torch.zeros(width, device=device), torch.ones(width, device=device)
     )
+
+
+def tower_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's tensors under our names, T5's table once."""
+    return {our_name(key): tuple(tensor.shape) for key, tensor in module.state_dict().items() if key != T5_COPY}
 
 
 def our_name(key: str) -> str:
@@ -204,11 +209,7 @@ def find_tokenizers(
     CLIP falls back on the packaged vocabulary, which is every CLIP's. A T5 without one gets none: it loads and takes
     ids, and only tokenising raises.
     """
-    paths = _given(given) if given is not None else {}
-    for name in chosen:
-        if name not in paths:
-            found = _beside(release.folder, name)
-            paths |= {name: found} if found else {}
+    paths = tokenizer_paths(release, chosen, given)
     readers: dict[str, Any] = {}
     packaged: ClipTokenizer | None = None
     for name in chosen:
@@ -220,6 +221,18 @@ def find_tokenizers(
             packaged = packaged or ClipTokenizer(cleaned=False)
             readers[name] = packaged
     return readers
+
+
+def tokenizer_paths(
+    release: TextRelease, chosen: Sequence[str], given: str | Path | Mapping[str, str | Path] | None
+) -> dict[str, Path]:
+    """Say where the tokenizers of the chosen encoders lie: those given, else those beside the weights."""
+    paths = _given(given) if given is not None else {}
+    for name in chosen:
+        if name not in paths:
+            found = _beside(release.folder, name)
+            paths |= {name: found} if found else {}
+    return paths
 
 
 def _given(given: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:

@@ -11,10 +11,18 @@ from pathlib import Path
 
 import torch
 
+from mmdit.config import VAEConfig
+from mmdit.encoders.autoencoder import AutoencoderKL
+from mmdit.encoders.released import tower_config, tower_shapes
+from mmdit.encoders.towers import build_tower
+from mmdit.weights import text, vae
 from mmdit.weights.denoiser import FOLDERS, find_sources, open_denoiser, stored_shapes
 from mmdit.weights.detect import Detected, Part, detect
 from mmdit.weights.empty import empty_denoiser
 from mmdit.weights.files import WeightFiles, open_weights
+from mmdit.weights.fit import Shapes
+from mmdit.weights.text import ENCODERS
+from mmdit.weights.text_files import TextPart
 
 _SUBFOLDERS = (*FOLDERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _SHORT = {
@@ -78,7 +86,7 @@ def _rows(files: WeightFiles, detected: Detected, folder: str | None) -> list[Ro
     rows = []
     for part in detected.parts.values():
         kind = " ".join(filter(None, (part.layout if part.name in ("denoiser", "vae") else "", part.backbone)))
-        notes = _fit(files, part) if part.name == "denoiser" else ""
+        notes = _fit(files, part)
         rows.append(_row(files, part.name, folder or part.prefix or "(no prefix)", kind, part.keys, notes))
     for name, keys in (("leftovers", detected.leftovers), ("not known", detected.unknown)):
         if keys:
@@ -95,11 +103,12 @@ def _row(files: WeightFiles, name: str, where: str, kind: str, keys: Iterable[st
 
 
 def _fit(files: WeightFiles, part: Part) -> str:
-    """Compare a denoiser with the network its shapes describe."""
+    """Compare a part with the network its shapes describe; the EMA's copy and ControlNets are not compared."""
+    compared = {"denoiser": _denoiser_shapes, "vae": _vae_shapes} | dict.fromkeys(ENCODERS, _text_shapes)
+    if part.name not in compared:
+        return ""
     try:
-        opened, found, config = open_denoiser(files.path, part.prefix if part.layout == "original" else None)
-        expected = empty_denoiser(config).state_dict()
-        needed, there = stored_shapes(opened, found, expected, find_sources(expected, found, config))
+        needed, there = compared[part.name](files, part)
     except ValueError as error:
         return str(error)
     faults = {
@@ -108,6 +117,33 @@ def _fit(files: WeightFiles, part: Part) -> str:
         "of another shape": [key for key in needed if there.get(key, needed[key]) != needed[key]],
     }
     return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in faults.items() if keys) or "complete"
+
+
+def _denoiser_shapes(files: WeightFiles, part: Part) -> tuple[Shapes, Shapes]:
+    """Return the shapes a network needs and those that are there, under the file's names."""
+    opened, found, config = open_denoiser(files.path, part.prefix if part.layout == "original" else None)
+    expected = empty_denoiser(config).state_dict()
+    return stored_shapes(opened, found, expected, find_sources(expected, found, config))
+
+
+def _vae_shapes(files: WeightFiles, part: Part) -> tuple[Shapes, Shapes]:
+    """Return the shapes needed and there, under the original names."""
+    there = {name: vae.original_shape(name, files.shape(key)) for name, key in vae.name_sources(files).items()}
+    fields = vae.infer_fields(there, family="sd3")  # neither its scale nor its norm groups leave shapes
+    with torch.device("meta"):
+        network = AutoencoderKL(VAEConfig(**{**fields, "norm_groups": 1}))
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}, there
+
+
+def _text_shapes(files: WeightFiles, part: Part) -> tuple[Shapes, Shapes]:
+    """Return the shapes needed and there, under our names."""
+    sources = text.name_sources(part.name, part.keys, part.prefix)
+    found = TextPart(part.name, files, sources)
+    heads = {} if part.name == "t5" else {"num_heads": 1}  # they leave no shapes
+    with torch.device("meta"):
+        projected = part.name == "clip_g" or text.PROJECTION in sources
+        network = build_tower(part.name, tower_config(found, heads), projected=projected)
+    return tower_shapes(network), found.shapes
 
 
 def _first(keys: Iterable[str], count: int = 3) -> str:

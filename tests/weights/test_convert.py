@@ -141,6 +141,26 @@ def test_the_table_names_parts_dtypes_and_faults(release, tmp_path):
     assert (broken.rows[-1].name, broken.rows[-1].notes) == ("not known", "odd")
 
 
+def test_the_table_names_faults_of_vae_and_text_encoders(release, tmp_path):
+    from tests.weights.tiny_text import build, original
+
+    vae = {key: torch.zeros(open_weights(release).shape(key)) for key in open_weights(release) if "first_stage" in key}
+    text = {key: tensor for key, tensor in original("sdxl", build("sdxl")).items() if key.startswith("conditioner.")}
+    write_weights({**vae, **text}, tmp_path / "m.safetensors")
+    assert {row.name: row.notes for row in inspect_weights(tmp_path / "m.safetensors").rows} == {
+        "vae": "complete", "clip_l": "complete", "clip_g": "complete"
+    }  # fmt: skip
+    del vae["first_stage_model.decoder.norm_out.bias"]
+    first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+    del text[f"{second}transformer.resblocks.1.attn.in_proj_bias"]
+    text |= {f"{first}odd": torch.zeros(1), f"{first}text_model.final_layer_norm.bias": torch.zeros(3)}
+    write_weights({**vae, **text}, tmp_path / "m.safetensors")
+    notes = {row.name: row.notes for row in inspect_weights(tmp_path / "m.safetensors").rows}
+    assert notes["vae"] == "1 missing: decoder.norm_out.bias"
+    assert notes["clip_l"] == "1 unexpected: odd; 1 of another shape: text_model.final_layer_norm.bias"
+    assert notes["clip_g"].startswith("3 missing: text_model.encoder.layers.1.self_attn.k_proj.bias")
+
+
 def run(monkeypatch, *arguments):
     """Run the script as its command line would; return its exit code."""
     monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
