@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mmdit.checkpoint import CheckpointError, weights_stem
+from mmdit.checkpoint import MANIFEST, CheckpointError, weights_stem
 from mmdit.config import ConfigError
 from mmdit.pipeline.machine import configure_cpu
 from mmdit.pipeline.pictures import image_grid, save_image
 from mmdit.pipeline.released import plan_released
 from mmdit.pipeline.request import Sizes
+from mmdit.pipeline.sources import is_released
 from mmdit.pipeline.text_to_image import TextToImage
 from mmdit.registry import unknown
 from mmdit.sampling import SAMPLERS
+from mmdit.weights.denoiser import FOLDERS
+from mmdit.weights.files import open_weights
 
 OK, WRONG_INPUT, BAD_CHECKPOINT, OUT_OF_MEMORY, INTERRUPTED = 0, 2, 3, 4, 130  # exit codes
 
@@ -149,7 +152,8 @@ def _what(run: Path | None, weights: str) -> tuple[Path, str]:
     """Return what to load and, of a run, which weights.
 
     Raises:
-        ValueError: both are given, or neither.
+        ValueError: both are given, or neither; or released weights that are none.
+        FileNotFoundError: nothing at the path of released weights.
     """
     if run is not None:
         try:
@@ -160,12 +164,15 @@ def _what(run: Path | None, weights: str) -> tuple[Path, str]:
         return run, weights
     if weights in ("ema", "raw"):
         raise ValueError("nothing to draw with: give a run folder, or --weights FILE of a released model")
-    return Path(weights), "ema"
+    path = Path(weights)
+    if not is_released(path):
+        if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
+            raise ValueError(f"{path} is a run of ours, not released weights: give it without --weights")
+        open_weights(path, FOLDERS)  # says what is the matter
+    return path, "ema"
 
 
 def _print_plan(path: Path, device: str | None, given: Mapping[str, Any]) -> None:
-    from mmdit.pipeline.sources import is_released
-
     if not is_released(path):
         raise ValueError("--dry-run tells the memory of released weights; give their path by --weights")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mmdit.diffusion import build_schedule
+from mmdit.encoders.released import tokenizer_paths
 from mmdit.encoders.text import TextEncoders, load_text_encoders
 from mmdit.encoders.vae import AutoencoderKL, load_vae
 from mmdit.pipeline.memory import MemoryPlan, plan_memory
@@ -19,6 +20,7 @@ from mmdit.pipeline.offload import BlockStream, Offload, Part, check_level, choo
 from mmdit.pipeline.sources import Sources, TextPaths, find_sources
 from mmdit.registry import lookup
 from mmdit.weights.denoiser import load_denoiser
+from mmdit.weights.text_files import find_text
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ def load_released(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, a missing part, an unknown family, dtype or offload level.
+        ValueError: a damaged file, a missing part, T5 without its vocabulary, an unknown family, dtype or level.
     """
     overrides = overrides or {}
     loaded_vae = vae if isinstance(vae, AutoencoderKL) else None
@@ -105,6 +107,8 @@ def load_released(
     level = check_level(offload, device) if offload else choose_level(plan.text_bytes, plan.other_bytes, device)
     if tables and level == "blocks":
         raise ValueError("tables and offload 'blocks' do not go together: streamed blocks bring their adaLN weights")
+    if loaded_text is None:
+        _check_vocabulary(sources, spiece)
     if sources.missing:
         logger.warning(
             "%s without %s: its tokens are zeros, as the release was trained to bear. Its weights are %s",
@@ -164,6 +168,26 @@ def load_released(
         "tables": tables,
         "model_config": sources.config,
     }
+
+
+def _check_vocabulary(sources: Sources, spiece: str | Path | None) -> None:
+    """Say before gigabytes are read that T5 has no vocabulary.
+
+    Raises:
+        FileNotFoundError: `spiece` is not there.
+        ValueError: T5 is there without one.
+    """
+    if spiece is not None and not Path(spiece).exists():
+        raise FileNotFoundError(f"no T5 vocabulary {spiece}; it is tokenizer_3/spiece.model of the diffusers folder")
+    if "t5" not in sources.parts or spiece is not None:
+        return
+    if "t5" not in tokenizer_paths(find_text(sources.text, sources.release.text), ("t5",), None):
+        raise ValueError(
+            f"{sources.release.title} with T5 needs T5's vocabulary, which its weights do not hold: give spiece= "
+            f"(--spiece) the path of tokenizer_3/spiece.model of the diffusers folder (google/t5-v1_1-xxl has the same "
+            f"one), or put spiece.model beside the weights; or leave T5 out: text={{'clip_l': PATH, 'clip_g': PATH}} "
+            f"(--text clip_l=PATH clip_g=PATH)"
+        )
 
 
 def _provenance(sources: Sources, level: Offload) -> dict[str, Any]:

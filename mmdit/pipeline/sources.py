@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from mmdit.checkpoint import CONFIG, MANIFEST
-from mmdit.config import DiffusionConfig
+from mmdit.encoders.families import RELEASED_WIDTHS
+from mmdit.pipeline.stated import follow_stated
 from mmdit.releases import Release, find_release
 from mmdit.weights.denoiser import open_denoiser
 from mmdit.weights.detect import detect
 from mmdit.weights.files import SUFFIX, WeightFiles, open_weights
 from mmdit.weights.header import PICKLES
-from mmdit.weights.text import ENCODERS, FOLDERS
-from mmdit.weights.text_files import find_text
+from mmdit.weights.text import ENCODERS, FOLDERS, PROJECTION, infer_config
+from mmdit.weights.text_files import TextPart, find_text
+from mmdit.weights.vae import name_sources
 
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}  # diffusers' names and ours
 TextPaths = str | Path | Mapping[str, str | Path]
 
 
@@ -42,6 +42,13 @@ class Found(NamedTuple):
         for key in self.keys:
             shares[self.files.dtype(key)] = shares.get(self.files.dtype(key), 0) + self.files.nbytes(key)
         return ", ".join(str(d).removeprefix("torch.") for d in sorted(shares, key=lambda d: -shares[d]))
+
+
+class Tower(NamedTuple):
+    """A text encoder, and the width of its states."""
+
+    found: Found
+    width: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def find_sources(
     """
     path, overrides = Path(path), overrides or {}
     files, part, config = open_denoiser(path, **overrides.get("denoiser", {}))
-    release = _as_its_folder_says(_release(files, family), path / "scheduler" / "scheduler_config.json")
+    release = follow_stated(_release(files, family), path, files)
     parts = {"denoiser": Found(files, part.keys)}
     vae_path, text_path = Path(vae or path), _paths(text) if text is not None else path
     if need_vae:
@@ -114,56 +121,33 @@ def find_sources(
         parts["vae"] = found
     missing: tuple[str, ...] = ()
     if need_text:
-        towers = {
-            name: found
-            for name, found in _towers(text_path, release, text is not None).items()
-            if name in release.towers
-        }
+        there = _towers(text_path, release, text is not None)
+        towers = {name: tower for name, tower in there.items() if name in release.towers}
         absent = [name for name in release.towers if name not in towers]
         required = [name for name in absent if name not in release.optional]
         if required:
             raise ValueError(_lacking(release, "text", text_path, required))
-        parts |= towers
+        _check_widths(path, config, release, towers, overrides)
+        parts |= {name: tower.found for name, tower in towers.items()}
         missing = tuple(absent)
     return Sources(release, path, vae_path, text_path, parts, config, missing)
 
 
 def _release(files: WeightFiles, family: str | None) -> Release:
-    found = family or detect(files).family
+    detected = detect(files).family
+    found = family or detected
     if found is None:
         raise ValueError(
-            f"{files.path} holds a denoiser of no released family (SD3, SD3.5, SD1.5, SDXL); its schedule and guidance "
-            f"are not known. Say which it follows: family='sd3', for instance"
+            f"{files.path} holds a denoiser of no released family (SD3, SD3.5, SD1.5, SDXL base); its schedule and "
+            f"guidance are not known. Say which it follows: family='sd3', for instance"
         )
-    return find_release(found)
-
-
-def _as_its_folder_says(release: Release, file: Path) -> Release:
-    """Take schedule and prediction from a diffusers folder where it states them: fine-tunes change them.
-
-    Raises:
-        ValueError: it states something that is not known here.
-    """
-    if not file.is_file():
-        return release
-    try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); download it again") from error
-    for name in ("use_dynamic_shifting", "rescale_betas_zero_snr"):
-        if stated.get(name):
-            raise ValueError(f"{file} states {name}, which no released family has and is not known here")
-    tree = release.diffusion.model_dump()
-    if tree["schedule"]["name"] == "rectified_flow":
-        tree["schedule"]["shift"] = stated.get("shift", tree["schedule"]["shift"])
-    else:
-        prediction = stated.get("prediction_type", "epsilon")
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"{file} states prediction_type {prediction!r}; known are {', '.join(PREDICTIONS)}")
-        tree["prediction"] = PREDICTIONS[prediction]
-        names = {"betas": "beta_schedule", "beta_start": "beta_start", "beta_end": "beta_end"}
-        tree["schedule"] |= {ours: stated[theirs] for ours, theirs in names.items() if theirs in stated}
-    return replace(release, diffusion=DiffusionConfig.model_validate(tree))
+    release = find_release(found)
+    if detected is not None and (release.text == "sd3") != (find_release(detected).text == "sd3"):
+        raise ValueError(
+            f"{files.path} holds a denoiser of {detected}, which is no {family}: one is an MMDiT, the other a U-Net; "
+            f"leave `family` out, or give {release.files['denoiser']}"
+        )
+    return release
 
 
 def _check_channels(path: Path, config: Any, vae: Found) -> None:
@@ -175,6 +159,23 @@ def _check_channels(path: Path, config: Any, vae: Found) -> None:
             f"{path} holds a denoiser that reads {config.in_channels} channels and gives {config.out_channels}; the "
             f"VAE has {channels}. A model for inpainting or editing reads more than latents and cannot draw from text "
             f"alone; otherwise give the VAE it was trained with"
+        )
+
+
+def _check_widths(
+    path: Path, config: Any, release: Release, towers: Mapping[str, Tower], overrides: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Refuse text encoders whose states are not as wide as the denoiser reads, before anything is loaded."""
+    if release.text == "sd3":
+        absent = overrides.get("t5", {}).get("d_model", RELEASED_WIDTHS["t5"][0])
+        width = towers["t5"].width if "t5" in towers else absent
+    else:
+        width = sum(tower.width for tower in towers.values())
+    if width != config.context_dim:
+        raise ValueError(
+            f"{path} holds a denoiser that reads text {config.context_dim} wide; {release.title}'s encoders "
+            f"({', '.join(towers)}) give {width}. It is of another family (SD2 reads 1024, SDXL's refiner 1280), or "
+            f"these are not its text encoders"
         )
 
 
@@ -193,11 +194,12 @@ def _vae(path: Path) -> Found | None:
     if place.is_dir() and place == path and _is_pipeline(path):
         return None
     files = open_weights(place)
-    part = detect(files).parts.get("vae")
-    return None if part is None else Found(files, part.keys)
+    if "vae" not in detect(files).parts:
+        return None
+    return Found(files, tuple(name_sources(files).values()))
 
 
-def _towers(path: Path | dict[str, Path], release: Release, given: bool) -> dict[str, Found]:
+def _towers(path: Path | dict[str, Path], release: Release, given: bool) -> dict[str, Tower]:
     """Return the text encoders at a path; none, instead of an error, where the path is only the denoiser's."""
     if not given and isinstance(path, Path):
         if path.is_dir():
@@ -205,11 +207,14 @@ def _towers(path: Path | dict[str, Path], release: Release, given: bool) -> dict
                 return {}
         elif not any(name in FOLDERS for name in detect(open_weights(path)).parts):
             return {}
-    found = find_text(path, release.text).parts
-    return {
-        name: Found(part.files, tuple(dict.fromkeys(s.key for s in part.sources.values())))
-        for name, part in found.items()
-    }
+    return {name: _tower(part) for name, part in find_text(path, release.text).parts.items()}
+
+
+def _tower(part: TextPart) -> Tower:
+    told = infer_config(part.encoder, part.shapes, part.files.path)
+    unread = part.encoder == "clip_l" and part.config is None  # only SD3's diffusers folder projects by it
+    keys = dict.fromkeys(s.key for name, s in part.sources.items() if not (unread and name == PROJECTION))
+    return Tower(Found(part.files, tuple(keys)), told["d_model" if part.encoder == "t5" else "hidden_size"])
 
 
 def _is_pipeline(path: Path) -> bool:
