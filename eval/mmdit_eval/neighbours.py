@@ -18,6 +18,7 @@ from mmdit_eval.moments import FloatArray, check_features
 from mmdit_eval.statistics import LEVEL, Estimate, mean_interval, wilson_interval
 
 _BLOCK = 2**24  # numbers of a block of distances, 128 MiB
+_FEW = 16  # pairs a row that may be done again one by one
 _ROUND_OFF = 1e-12  # of a squared distance, in |x|² + |y|²; products of 4,096 features stay below
 
 
@@ -254,6 +255,7 @@ def _blocks(
     centred_x, centred_y = x - centre, y - centre
     of_x, of_y = (centred_x**2).sum(1), (centred_y**2).sum(1)
     step = max(1, _BLOCK // len(y))
+    equals: tuple[np.ndarray, np.ndarray] | None = None
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
         lengths = of_x[rows, None] + of_y[None]
@@ -262,10 +264,29 @@ def _blocks(
         for edge in edges(rows, squared):
             doubtful |= np.abs(squared - edge) <= _ROUND_OFF * lengths
         near_x, near_y = np.nonzero(doubtful)
-        for i in range(0, len(near_x), step):
-            part = slice(i, i + step)
-            squared[near_x[part], near_y[part]] = ((x[rows][near_x[part]] - y[near_y[part]]) ** 2).sum(1)
+        if len(near_x) <= _FEW * len(squared):
+            squared[near_x, near_y] = _differences(x, y, start + near_x, near_y, step)
+        else:  # one picture many times over: each pair of different rows once
+            equals = equals or (_first_equal(x), _first_equal(y))
+            pairs = equals[0][start + near_x] * len(y) + equals[1][near_y]
+            pairs, places = np.unique(pairs, return_inverse=True)
+            squared[near_x, near_y] = _differences(x, y, *np.divmod(pairs, len(y)), step)[places]
         yield rows, squared
+
+
+def _differences(x: FloatArray, y: FloatArray, of_x: np.ndarray, of_y: np.ndarray, step: int) -> FloatArray:
+    """Squared distances of pairs of rows by their difference, [P]."""
+    found = np.empty(len(of_x))
+    for i in range(0, len(found), step):
+        part = slice(i, i + step)
+        found[part] = ((x[of_x[part]] - y[of_y[part]]) ** 2).sum(1)
+    return found
+
+
+def _first_equal(x: FloatArray) -> np.ndarray:
+    """The first row that equals each row, [N]."""
+    seen: dict[bytes, int] = {}
+    return np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(x)])
 
 
 def _pair(a: Any, b: Any, name_a: str, name_b: str) -> tuple[FloatArray, FloatArray]:
