@@ -22,7 +22,7 @@ from mmdit.denoiser import record_attention
 from mmdit.encoders.text import TextEncoders
 from mmdit.encoders.vae import to_pixels
 from mmdit.pipeline import TextToImage
-from mmdit_eval.metrics import Reference
+from mmdit_eval.drawn import Reference
 
 _PLAIN = {"a", "an", "the", "of", "and", "in", "on", "to", "is", "with"}  # words whose maps say little
 SIDE = 16  # every map is brought to this size

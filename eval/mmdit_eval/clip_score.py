@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -138,6 +139,32 @@ def caption_embeds(
     embeds = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
     starts = np.concatenate([[0], np.cumsum([len(parts) for parts in pieces])[:-1]])
     return np.add.reduceat(embeds, starts) / np.array([[len(parts)] for parts in pieces]), len(over)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Captions and what a text tower made of them.
+
+    Attributes:
+        embeds: float64 [N, e].
+        policy, limit, over_limit: for captions longer than `limit` tokens, and how many there are.
+    """
+
+    captions: list[str]
+    embeds: FloatArray
+    policy: str
+    limit: int
+    over_limit: int
+
+    def details(self) -> dict[str, Any]:
+        """Return what a result says of long captions."""
+        return {"long_captions": {"policy": self.policy, "limit": self.limit, "over_limit": self.over_limit}}
+
+
+def embed_texts(captions: Sequence[str], tower: Tower, policy: str = "truncate") -> Texts:
+    """Read captions by a text tower. Raises as `caption_embeds`."""
+    embeds, over = caption_embeds(captions, tower, policy)
+    return Texts(list(captions), embeds, policy, tower.limit, over)
 
 
 def _pieces(caption: str, tower: Tower) -> list[str]:

@@ -85,8 +85,12 @@ def images_command(words: Sequence[str]) -> int:
     parser.add_argument("--captions", help="captions of FAKE: .txt, .json, .jsonl, .csv")
     parser.add_argument("--caption-column", help="of FAKE where it is a table: its captions")
     parser.add_argument("--train", help="pictures of the training, for the metric memorisation")
-    parser.add_argument("--metrics", nargs="+", default=["frechet", "kernel"])
-    parser.add_argument("--clip", help="extractor of CLIP-score, where --extractor has no text tower")
+    parser.add_argument(
+        "--metrics", nargs="+", default=["frechet", "kernel"],
+        help="frechet, frechet_infinity, kernel, cmmd, precision_recall, inception_score, memorisation, clip_score, "
+        "retrieval",
+    )  # fmt: skip
+    parser.add_argument("--clip", help="extractor of CLIP-score and retrieval, where --extractor has no text tower")
     parser.add_argument("--long-captions", default="truncate", choices=["truncate", "error", "chunk"])
     parser.add_argument("--against-sizes", default="any", help="as --sizes, for REAL")
     parser.add_argument("--out", type=Path, help="JSON file for the result")

@@ -86,6 +86,11 @@ class Share:
         torch.distributed.gather_object((ids, list(values)), parts, dst=0)
         return join(parts, count) if parts is not None else None
 
+    def meet(self) -> None:
+        """Wait until every process is here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
     def broadcast(self, value: Any) -> Any:
         """Return what the first process has, in every process."""
         if self.world == 1:

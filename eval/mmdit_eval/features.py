@@ -32,7 +32,9 @@ __all__ = [
     "TextTower",
     "extract",
     "extract_logits",
+    "extract_whole",
     "hash_tensors",
+    "load_clip",
     "load_extractor",
     "tiny_clip",
 ]
@@ -157,18 +159,26 @@ def load_extractor(
     return lookup(EXTRACTORS, key, "extractor")(Options(argument, weights or given or None, device, precision))
 
 
+def extract_whole(extractor: Extractor, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
+    """Return features with the logits behind them, float32 [N, d + classes], of images uint8 [N, R, R, 3].
+
+    Raises:
+        ValueError: images that are not uint8 [N, R, R, 3].
+    """
+    check_images(images)
+    parts = [np.empty((0, extractor.width + extractor.classes), dtype=np.float32)]
+    for start in range(0, len(images), batch_size):
+        parts.append(extractor(images[start : start + batch_size]).numpy())
+    return np.concatenate(parts)
+
+
 def extract(extractor: Extractor, images: np.ndarray, batch_size: int = 128) -> FloatArray:
     """Return features float64 [N, d] of images uint8 [N, R, R, 3]; the batch size does not matter.
 
     Raises:
         ValueError: images that are not uint8 [N, R, R, 3].
     """
-    check_images(images)
-    parts = [np.empty((0, extractor.width))]
-    for start in range(0, len(images), batch_size):
-        features = extractor(images[start : start + batch_size])
-        parts.append(features[:, : extractor.width].double().numpy())
-    return np.concatenate(parts)
+    return extract_whole(extractor, images, batch_size)[:, : extractor.width].astype(np.float64)
 
 
 def extract_logits(extractor: Extractor, images: np.ndarray, batch_size: int = 128) -> FloatArray:
@@ -177,11 +187,7 @@ def extract_logits(extractor: Extractor, images: np.ndarray, batch_size: int = 1
     Raises:
         ValueError: images that are not uint8 [N, R, R, 3].
     """
-    check_images(images)
-    parts = [np.empty((0, extractor.classes))]
-    for start in range(0, len(images), batch_size):
-        parts.append(extractor(images[start : start + batch_size])[:, extractor.width :].double().numpy())
-    return np.concatenate(parts)
+    return extract_whole(extractor, images, batch_size)[:, extractor.width :].astype(np.float64)
 
 
 @contextlib.contextmanager
@@ -208,6 +214,19 @@ def tiny_clip() -> Any:
     from mmdit.encoders.clip import load_tiny_clip
 
     return load_tiny_clip()
+
+
+@lru_cache(maxsize=1)
+def load_clip(name: str) -> Extractor:
+    """Return the extractor of that name, kept for the next call, which must have a text tower.
+
+    Raises:
+        ValueError: it has none. As `load_extractor`.
+    """
+    clip = load_extractor(name)
+    if clip.text is None:
+        raise ValueError(f"the extractor {clip.name!r} has no text tower; give tiny_clip, clip:FOLDER or openclip:NAME")
+    return clip
 
 
 @lru_cache(maxsize=1)

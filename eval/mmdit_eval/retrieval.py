@@ -46,6 +46,50 @@ def retrieval_hits(queries: Any, candidates: Any, truth: Sequence[int], sets: Se
     return hits
 
 
+_ROUNDING = 1e-6  # of cosines of float32 embeddings of one network: captions cut to the same words tie
+BLOCK = 1024  # queries at once: [BLOCK, M] numbers are in memory
+
+
+def retrieval_ranks(queries: Any, candidates: Any, names: Any, candidate_names: Any) -> np.ndarray:
+    """Count for each query the wrong candidates that are as near by cosine as its nearest right one, or nearer.
+
+    A query is among the first K (R@K) where its rank is below K. Ties count against it.
+
+    Args:
+        queries: [N, d].
+        candidates: [M, d].
+        names, candidate_names: int [N] and [M]; candidates of a query's name are right.
+
+    Returns:
+        int64 [N]; 0 is best.
+
+    Raises:
+        ValueError: shapes that do not fit, embeddings that are not finite or have no direction, or a query without a
+            right candidate.
+    """
+    q, c = np.asarray(queries, dtype=np.float64), np.asarray(candidates, dtype=np.float64)
+    of, have = np.asarray(names), np.asarray(candidate_names)
+    if q.ndim != 2 or c.ndim != 2 or q.shape[1] != c.shape[1]:
+        raise ValueError(f"queries [N, d] and candidates [M, d] differ: {list(q.shape)} and {list(c.shape)}")
+    if of.shape != q.shape[:1] or have.shape != c.shape[:1]:
+        raise ValueError(f"got {len(of)} names for {len(q)} queries and {len(have)} for {len(c)} candidates")
+    lengths = [np.linalg.norm(rows, axis=1, keepdims=True) for rows in (q, c)]
+    for kind, length in zip(("queries", "candidates"), lengths, strict=True):
+        if not (np.isfinite(length).all() and (length > 0).all()):
+            raise ValueError(f"{kind} hold an embedding that is not finite or has length zero")
+    if missing := sorted(set(of.tolist()) - set(have.tolist())):
+        raise ValueError(f"{len(missing)} queries have no right candidate, the first is named {missing[0]}")
+    q, c = q / lengths[0], c / lengths[1]
+    ranks = np.zeros(len(q), dtype=np.int64)
+    for start in range(0, len(q), BLOCK):
+        rows = slice(start, start + BLOCK)
+        near = q[rows] @ c.T  # [b, M]
+        right = of[rows, None] == have
+        best = np.where(right, near, -np.inf).max(axis=1, keepdims=True)
+        ranks[rows] = (~right & (near >= best - _ROUNDING)).sum(axis=1)
+    return ranks
+
+
 def retrieval_at_1(image_embeds: Any, text_embeds: Any, group_size: int = 64) -> float:
     """Return the share of pictures nearest to their own caption within groups of `group_size` neighbours (R@1).
 

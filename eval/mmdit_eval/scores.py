@@ -35,6 +35,8 @@ SCORES: dict[str, Score] = {
     "same_tone": Score("right base", +1, 100, 1, "%"),  # among other bases in the same tone
     "same_gender": Score("right gender", +1, 100, 1, "%"),  # among the same base and tone
     "clip_score": Score("CLIP-score", +1, 1, 1),
+    "r_at_1": Score("R@1", +1, 100, 1, "%"),  # of a picture's own caption among all
+    "r_at_5": Score("R@5", +1, 100, 1, "%"),
     "frechet": Score("Fréchet", -1, 1, 3),
     "frechet_infinity": Score("Fréchet, N → ∞", -1, 1, 3),
     "kernel": Score("kernel ×1000", -1, 1000, 2),

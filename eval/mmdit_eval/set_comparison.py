@@ -25,7 +25,7 @@ from mmdit_eval.distribution import Share
 from mmdit_eval.feature_cache import default_cache, extract_set
 from mmdit_eval.features import Extractor, Precision, load_extractor
 from mmdit_eval.image_sets import ImageSet, load_captions, open_images
-from mmdit_eval.set_metrics import SET_METRICS, Pair
+from mmdit_eval.set_metrics import OF_CAPTIONS, SET_METRICS, Pair
 
 SET_PROTOCOL_VERSION = 1
 
@@ -35,7 +35,8 @@ class SetOptions:
     """How sets of pictures are judged.
 
     Attributes:
-        extractor, clip: names for `load_extractor`; `clip` is that of CLIP-score, None: the extractor itself.
+        extractor, clip: names for `load_extractor`; `clip` is that of CLIP-score and retrieval, None: the
+            extractor itself.
         weights: file or folder of the extractor's weights.
         sizes: `equal`, `any` or a number of pixels, for the pictures to be judged; `against_sizes` for the others.
         split, image_column: of tables; `caption_column`, of the table of the pictures to be judged: their captions.
@@ -91,16 +92,19 @@ def evaluate_images(
     words = _captions(captions, judged)
     if "memorisation" in metrics and train is None:
         raise ValueError("memorisation needs the pictures of the training: --train FOLDER; --against then names others")
-    if "clip_score" in metrics and words is None:
+    of_captions = [name for name in OF_CAPTIONS if name in metrics]
+    if of_captions and words is None:
         raise ValueError(
-            f"clip_score needs captions, and {judged.source} comes without; give --captions FILE, or "
+            f"{of_captions[0]} needs captions, and {judged.source} comes without; give --captions FILE, or "
             "--caption-column NAME of a table"
         )
+    if "retrieval" in metrics and len(set(words or ())) < 2:
+        raise ValueError(f"retrieval needs at least two different captions; those of {judged.source} are all the same")
     other = against if is_statistics(against) else _open(against, options, options.against_sizes)
     _check_counts(judged, *([other] if isinstance(other, ImageSet) else []))
 
     extractor = load_extractor(options.extractor, weights=options.weights, precision=options.precision)
-    clip = _clip_of(options, extractor) if "clip_score" in metrics else None
+    clip = _clip_of(options, extractor, of_captions[0]) if of_captions else None
     found = features_of(judged, extractor, options, share)
     reference, stated = _reference(other, extractor, options, share)
     trained = None
@@ -268,11 +272,11 @@ def _check_counts(*sets: ImageSet) -> None:
             raise ValueError(f"{images.source} has {len(images)} picture; a distance between sets needs at least 2")
 
 
-def _clip_of(options: SetOptions, extractor: Extractor) -> Extractor:
+def _clip_of(options: SetOptions, extractor: Extractor, metric: str) -> Extractor:
     clip = extractor if options.clip is None else load_extractor(options.clip, precision=options.precision)
     if clip.text is None:
         raise ValueError(
-            f"clip_score: the extractor {clip.name!r} has no text tower; name one by --clip clip:FOLDER or "
+            f"{metric}: the extractor {clip.name!r} has no text tower; name one by --clip clip:FOLDER or "
             f"--clip openclip:NAME@FILE (tiny_clip knows shapes and emoji only)"
         )
     return clip

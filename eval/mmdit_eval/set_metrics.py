@@ -8,16 +8,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
+from mmdit_eval.alignment import retrieve_captions, score_captions
+from mmdit_eval.clip_score import Texts, embed_texts
 from mmdit_eval.distance_metrics import NEIGHBOURS
+from mmdit_eval.drawn import Measured
 from mmdit_eval.features import Extractor
 from mmdit_eval.frechet import FloatArray, frechet_influence
 from mmdit_eval.inception_scores import inception_score, inception_score_interval
-from mmdit_eval.metrics import Measured, score_captions
 from mmdit_eval.neighbours import manifold_intervals, memorisation
 from mmdit_eval.set_intervals import cmmd_interval, frechet_infinity_interval, influence_interval, kernel_interval
 
@@ -31,7 +34,7 @@ class Pair:
         real: features [M, d] of the others, or moments read from a file.
         logits: of the pictures to be judged, [N, K]; K is 0 where the extractor has none.
         captions: of the pictures to be judged, or None.
-        clip_features, clip: of the extractor with a text tower that CLIP-score uses.
+        clip_features, clip: of the extractor with a text tower that CLIP-score and retrieval use.
         long_captions: policy for captions longer than the text tower reads.
         seed: of random subsets.
         train: features of the pictures the model was trained on, for copies of them; `real` must not be among these.
@@ -62,6 +65,22 @@ class Pair:
                 "statistics (mu, sigma) allow the Fréchet distance alone; give the pictures themselves for this metric"
             )
         return np.asarray(kept)
+
+    @cached_property
+    def embedded(self) -> tuple[FloatArray, Texts]:
+        """Embeddings of the pictures [N, e], and their captions with theirs.
+
+        Raises:
+            ValueError: no captions, or no text tower.
+        """
+        if self.captions is None or self.clip is None or self.clip_features is None or self.clip.text is None:
+            raise ValueError(
+                "clip_score and retrieval need captions and an extractor with a text tower: --captions FILE and --clip "
+                "clip:FOLDER (or openclip:NAME@FILE; tiny_clip knows shapes and emoji only)"
+            )
+        images = self.clip.text.image_embeds(torch.from_numpy(self.clip_features).float())
+        texts = embed_texts(self.captions, self.clip.text, self.long_captions)
+        return images.double().cpu().numpy(), texts
 
 
 def _frechet(pair: Pair) -> Measured:
@@ -124,13 +143,11 @@ def _memorisation(pair: Pair) -> Measured:
 
 
 def _clip_score(pair: Pair) -> Measured:
-    if pair.captions is None or pair.clip is None or pair.clip_features is None or pair.clip.text is None:
-        raise ValueError(
-            "clip_score needs captions and an extractor with a text tower: --captions FILE and --clip clip:FOLDER (or "
-            "openclip:NAME@FILE; tiny_clip knows shapes and emoji only)"
-        )
-    images = pair.clip.text.image_embeds(torch.from_numpy(pair.clip_features).float())
-    return score_captions(images.double().numpy(), pair.captions, pair.clip.text, pair.long_captions)
+    return score_captions(*pair.embedded)
+
+
+def _retrieval(pair: Pair) -> Measured:
+    return retrieve_captions(*pair.embedded)
 
 
 SET_METRICS: dict[str, Callable[[Pair], Measured]] = {
@@ -142,4 +159,6 @@ SET_METRICS: dict[str, Callable[[Pair], Measured]] = {
     "inception_score": _inception_score,
     "memorisation": _memorisation,
     "clip_score": _clip_score,
+    "retrieval": _retrieval,
 }
+OF_CAPTIONS = ("clip_score", "retrieval")  # metrics that need captions and a CLIP pair

@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ from mmdit.pipeline import TextToImage, configure_cpu, save_image
 from mmdit.registry import lookup
 from mmdit_eval.comparison import compare, read_result, write_result
 from mmdit_eval.distribution import Share, draw_batches, forget
-from mmdit_eval.features import hash_tensors, load_extractor
-from mmdit_eval.metrics import METRICS, Drawn, Reference
+from mmdit_eval.drawn import Drawn, Reference, look_together, training_features
+from mmdit_eval.features import Extractor, hash_tensors, load_clip, load_extractor
+from mmdit_eval.metrics import METRICS, TINY, looks_of, stamp_of_judges
 
 __all__ = ["check_suite", "compare", "evaluate_ceiling", "evaluate_run", "evaluate_snapshots", "load_references"]
 
@@ -46,8 +48,15 @@ def check_suite(suite: SuiteConfig, config: RunConfig) -> None:
     """Refuse a suite that a run's data cannot serve.
 
     Raises:
-        ConfigError: an unknown metric or one that needs other data.
+        ConfigError: an unknown metric, one that needs other data, or a CLIP pair that cannot serve it.
     """
+    if suite.clip != TINY and suite.clip.partition(":")[0] not in ("clip", "openclip"):
+        raise ConfigError(f"suite.clip must be {TINY}, clip:FOLDER or openclip:NAME@FILE, got {suite.clip!r}")
+    if "retrieval" in suite.metrics and suite.clip == TINY and config.data.name not in ("shapes", "emoji"):
+        raise ConfigError(
+            f"suite.metrics: 'retrieval' by {TINY} knows shapes and emoji only, the run has data.name "
+            f"{config.data.name!r}; name a pair, suite.clip: clip:FOLDER or openclip:NAME@FILE, or leave it out"
+        )
     for name in suite.metrics:
         try:
             metric = lookup(METRICS, name, "metric")
@@ -85,8 +94,9 @@ def evaluate_run(
         checkpoint: one checkpoint of it; None: its newest.
         num_images: per split, instead of `suite.num_images` (snapshots).
         references: of `load_references`, to share them between runs of equal data.
-        share: this process of several; each draws its batches, the first one judges, all return the result. Finished
-            batches stand in `<run_dir>/eval/.drawn` until the result is written, so an interrupted call goes on.
+        share: this process of several; each draws its batches and runs the networks that judge on them, the first one
+            measures, all return the result. Finished batches stand in `<run_dir>/eval/.drawn` until the result is
+            written, so an interrupted call goes on.
 
     Raises:
         FileNotFoundError, CheckpointError: no run, no whole checkpoint.
@@ -119,19 +129,19 @@ def evaluate_run(
     unfinished = run_dir / "eval" / ".drawn" / f"{file.stem}-{_digest(json.dumps([stamp, weights_hash]).encode())}"
     for split, reference in used.items():
         begun = time.perf_counter()
-        images = _draw_shared(pipeline, reference, suite, unfinished / split, share)
+        ids, own = _draw_own(pipeline, reference, suite, unfinished / split, share)
         drawing += time.perf_counter() - begun
-        if images is None:  # the first process has them
-            continue
         begun = time.perf_counter()
-        splits[split] = measure(Drawn(images, reference, suite, pipeline))
-        if 0 < suite.snapshot_images < len(images):  # for curves: distances depend on N, so all their points share one
-            part = reference.head(suite.snapshot_images)
-            prefix[split] = measure(Drawn(images[: suite.snapshot_images], part, suite, pipeline))
+        drawn = _look(own, ids, reference, share)
+        if drawn is None:  # the first process has them
+            continue
+        splits[split] = measure(drawn)
+        if 0 < suite.snapshot_images < len(drawn.images):  # for curves: distances depend on N, so all points share one
+            prefix[split] = measure(drawn.head(suite.snapshot_images))
         scoring += time.perf_counter() - begun
-        for i in range(min(suite.grid_prompts, len(images))):
+        for i in range(min(suite.grid_prompts, len(drawn.images))):
             sample = Path("samples") / f"{suite.name}-{path.name}" / f"{split}-{i:03d}.png"
-            save_image(images[i], run_dir / sample, {"prompt": reference.captions[i], "seed": suite.seed})
+            save_image(drawn.images[i], run_dir / sample, {"prompt": reference.captions[i], "seed": suite.seed})
             samples.append(str(sample))
     if not share.first:
         return dict(share.broadcast(None))
@@ -234,9 +244,10 @@ def _encoders(config: EncodersConfig) -> tuple[AutoencoderKL, TextEncoders]:
 def load_references(config: RunConfig, suite: SuiteConfig) -> dict[str, Reference]:
     """Load the items of each split that the suite looks at: a fixed random choice, equal for equal data and seed."""
     found: dict[str, Reference] = {}
+    extractor = load_clip(suite.clip) if suite.extractor == suite.clip else load_extractor(suite.extractor)
     for split in suite.splits:
         dataset = make_dataset(config.data, split)
-        found[split] = _reference(dataset, split, _items(dataset, split, suite, suite.num_images), suite)
+        found[split] = _reference(dataset, split, _items(dataset, split, suite, suite.num_images), suite, extractor)
     return found
 
 
@@ -247,29 +258,32 @@ def _items(dataset: Any, split: str, suite: SuiteConfig, count: int) -> np.ndarr
     return order[:count]
 
 
-def _reference(dataset: Any, split: str, indices: np.ndarray, suite: SuiteConfig) -> Reference:
-    return Reference(
-        split,
-        dataset,
-        indices,
-        dataset.captions(indices),
-        dataset.pixels(indices),
-        load_extractor(suite.extractor),
-        suite.batch_size,
-    )
+def _reference(dataset: Any, split: str, indices: np.ndarray, suite: SuiteConfig, extractor: Extractor) -> Reference:
+    captions, images = dataset.captions(indices), dataset.pixels(indices)
+    return Reference(split, dataset, indices, captions, images, extractor, suite.batch_size)
 
 
-def _draw_shared(
+def _draw_own(
     pipeline: TextToImage, reference: Reference, suite: SuiteConfig, folder: Path, share: Share
-) -> np.ndarray | None:
-    """Draw this process's batches and bring all pictures to the first process; the others get None."""
+) -> tuple[np.ndarray, Drawn]:
+    """Draw this process's batches; return their places in the split and the pictures with their items."""
     count = len(reference.indices)
     with tqdm(total=count, unit=" images", desc=f"drawing {reference.split}", disable=None, leave=False) as bar:
         ids, images = draw_batches(
             lambda rows: draw(pipeline, reference.part(rows), suite), count, suite.batch_size, folder, share, bar.update
         )
-    gathered = share.gather(ids, [images], count)
-    return gathered[0] if gathered is not None else None
+    share.meet()
+    return ids, Drawn(images, reference.part(ids) if share.world > 1 else reference, suite, pipeline)
+
+
+def _look(own: Drawn, ids: np.ndarray, reference: Reference, share: Share) -> Drawn | None:
+    """Run the networks that judge, by all processes; the first one gets all pictures, the others None."""
+    suite, config = own.suite, reference.dataset.config
+    training = None
+    if "memorisation" in suite.metrics:
+        training = training_features(config, reference.extractor, suite.batch_size, share)
+    drawn = look_together(own, ids, reference, looks_of(suite, config.name), share)
+    return drawn and replace(drawn, training=training)
 
 
 def draw(pipeline: TextToImage, reference: Reference, suite: SuiteConfig) -> np.ndarray:
@@ -319,7 +333,7 @@ def make_stamp(config: RunConfig, suite: SuiteConfig, references: Mapping[str, R
         "version": PROTOCOL_VERSION,
         "metrics": list(suite.metrics),
         "extractor": extractor.describe(),
-        "judges": {name: judge() for name in suite.metrics if (judge := METRICS[name].judge) is not None},
+        "judges": stamp_of_judges(suite, config.data.name),
         "references": {
             split: {
                 "num_images": len(reference.indices),

@@ -16,7 +16,7 @@ from mmdit.diffusion import RectifiedFlow
 from mmdit.diffusion.loss import equidistant_levels, loss_by_level
 from mmdit.encoders.vae import to_pixels
 from mmdit.pipeline import TextToImage
-from mmdit_eval.metrics import Reference
+from mmdit_eval.drawn import Reference
 from mmdit_eval.moments import FloatArray
 
 
@@ -59,6 +59,12 @@ def losses_by_level(
     return np.asarray(torch.cat(losses, dim=1).numpy())
 
 
+def ratios_of(count: int) -> Tensor:
+    """Return the ratios of noise to data r = t / (1 - t) at t = 1/count, 2/count, ... below 1, [count - 1]."""
+    times = equidistant_levels(count)[:-1]
+    return times / (1 - times)
+
+
 def velocity_losses(
     pipeline: TextToImage, reference: Reference, count: int, seed: int
 ) -> tuple[list[float], FloatArray]:
@@ -76,8 +82,7 @@ def velocity_losses(
         (ratios, losses float64 [count - 1, N]); for a run of rectified flow with shift 1 that predicts velocity, its
         own validation loss without the last level.
     """
-    times = equidistant_levels(count)[:-1]
-    ratios = times / (1 - times)
+    times, ratios = equidistant_levels(count)[:-1], ratios_of(count)
     # the clock tau of rectified flow is sigma = r / (1 + r), that of the others sigma / alpha = r
     own = pipeline.schedule.t_from_tau(times if isinstance(pipeline.schedule, RectifiedFlow) else ratios)
     errors = losses_by_level(pipeline, reference, own, seed, common="sample")

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mmdit_eval.metrics import Drawn, Measured, Metric
+from mmdit_eval.drawn import Drawn, Measured
+from mmdit_eval.metrics import Metric
 from mmdit_eval.moments import FloatArray
 from mmdit_eval.statistics import mean_interval
 

@@ -140,6 +140,7 @@ class SuiteConfig(Config):
     batch_size: PositiveInt = 128
     seed: NonNegativeInt = 1234
     extractor: str = "tiny_clip"
+    clip: str = "tiny_clip"  # the pair of clip_score and retrieval; others: clip:FOLDER, openclip:NAME@FILE
     long_captions: Literal["truncate", "error", "chunk"] = "truncate"  # captions over the CLIP tower's 77 tokens
     weights: Annotated[str, Field(pattern=r"^(raw|ema(-[a-z0-9_]+)?)$")] = "ema"  # ema-<name>: one of train.more_emas
     sampling: SamplingConfig | None = None

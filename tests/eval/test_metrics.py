@@ -150,7 +150,7 @@ def test_retrieval_asks_the_judge_about_each_emoji_and_states_chance(monkeypatch
     monkeypatch.setattr(judging, "judge", Painted)
     monkeypatch.setattr(metrics, "_emoji_bank", lambda config_json: bank)
     dataset = SimpleNamespace(
-        records=lambda indices: [records[i] for i in indices], config=SimpleNamespace(model_dump_json=str)
+        records=lambda indices: [records[i] for i in indices], config=SimpleNamespace(name="emoji", model_dump_json=str)
     )
     rows = np.arange(len(records))
     pictures = np.zeros((len(records), 8, 8, 3), dtype=np.uint8)
