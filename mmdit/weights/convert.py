@@ -32,6 +32,7 @@ from mmdit.weights.denoiser import (
 )
 from mmdit.weights.detect import detect
 from mmdit.weights.diffusers_config import check_fits_diffusers
+from mmdit.weights.diffusers_index import write_index
 from mmdit.weights.empty import empty_denoiser
 from mmdit.weights.files import SUFFIX, WeightFiles, open_weights
 from mmdit.weights.header import WeightsError
@@ -180,7 +181,8 @@ def _convert_all(
         written = convert_denoiser(path, out / folder, layout, dtype=dtype, shard_size=shard_size)
         if "vae" in parts:
             written += _convert_vae(path, out / "vae", layout, dtype)
-        return written + (_convert_text(path, out, layout, dtype, shard_size) if "text" in parts else [])
+        written += _convert_text(path, out, layout, dtype, shard_size) if "text" in parts else []
+        return written + write_index(path, out)
     file = out if out.suffix == SUFFIX else out / LAYOUTS["original"]
     with tempfile.TemporaryDirectory(dir=_existing(file.parent)) as folder:
         places = {"denoiser": Path(folder, f"denoiser{SUFFIX}"), "vae": Path(folder, f"vae{SUFFIX}")}

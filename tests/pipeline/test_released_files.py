@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mmdit.pipeline import TextToImage, sample_to_folder
 from mmdit.pipeline.sources import find_sources
+from mmdit.weights.convert import convert
 from mmdit.weights.detect import detect
 from mmdit.weights.files import open_weights
 
@@ -194,3 +195,38 @@ def test_weights_that_are_none_are_told_for_what_they_are(place, told, tiny_rele
     for more in ({}, {"dry_run": True}):
         assert sample_to_folder(None, ["a"], weights=str(here / place), device="cpu", out=tmp_path / "out", **more) == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("family", "stated"), [("sd1.5", True), ("sd1.5", False), ("sdxl", False), ("sd3", False)])
+def test_a_converted_release_is_a_pipeline_of_diffusers(family, stated, tiny_release, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    release = tiny_release(family)
+    source = shutil.copytree(release.folder, tmp_path / "source")
+    if not stated:  # as of a single file: nothing says which pipeline and noise
+        (source / "model_index.json").unlink()
+        shutil.rmtree(source / "scheduler")
+    convert(source, tmp_path / "out", "diffusers", part="all")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert type(pipe) is type(release.pipe)
+    pipe.set_progress_bar_config(disable=True)
+    if not stated and family == "sd1.5":  # DDIM, where the tiny one has Euler
+        assert pipe.scheduler.config.prediction_type == "epsilon"
+        assert torch.equal(pipe.scheduler.betas, release.pipe.scheduler.betas)
+        pipe.scheduler = release.pipe.scheduler
+    options = {"height": 64, "width": 64, "num_inference_steps": 1, "output_type": "np"}
+    drawn = [p("a star", generator=torch.Generator().manual_seed(1), **options).images for p in (pipe, release.pipe)]
+    assert np.allclose(drawn[0], drawn[1], atol=1e-5)
+    assert find_sources(tmp_path / "out").release.diffusion == find_sources(release.folder).release.diffusion
+
+
+def test_a_denoiser_alone_is_no_pipeline_and_marks_of_v_prediction_are_stated(single_file, tiny_release, tmp_path):
+    path, _ = single_file("sd3", ("denoiser",))
+    convert(path, tmp_path / "alone", "diffusers", part="all")
+    assert [file.name for file in (tmp_path / "alone").iterdir()] == ["transformer"]
+    source = shutil.copytree(tiny_release("sdxl").folder, tmp_path / "source")
+    (source / "model_index.json").unlink()
+    unet = source / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(unet), unet, metadata={"modelspec.prediction_type": "v"})
+    convert(source, tmp_path / "out", "diffusers", part="all")
+    assert find_sources(tmp_path / "out").release.diffusion.prediction == "v"
