@@ -1,19 +1,21 @@
 """Runs judged by a CLIP pair of the user's choice, and looks shared between processes."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmdit_eval import drawn as looking
-from mmdit_eval import features, suite
+from mmdit_eval import features, metrics, suite
 from mmdit_eval.clip_score import caption_embeds, clip_scores
 from mmdit_eval.comparison import compare
 from mmdit_eval.distribution import Share, join
 from mmdit_eval.drawn import Drawn, Reference, look_together, training_features
 from mmdit_eval.features import extract, load_extractor
 from mmdit_eval.judge import judge
-from mmdit_eval.metrics import looks_of, stamp_of_judges
+from mmdit_eval.metrics import METRICS, Measured, looks_of, stamp_of_judges
 from mmdit_eval.suite import check_suite, evaluate_run, load_references, measure
 
 from mmdit.checkpoint import save_checkpoint, tensors_of
@@ -117,6 +119,25 @@ def test_a_pair_that_cannot_judge_is_refused_before_drawing(run, pair, tmp_path,
     with pytest.raises(ConfigError, match="knows shapes and emoji only"):
         check_suite(SuiteConfig(metrics=("retrieval",)), photographs)
     check_suite(SuiteConfig(metrics=("retrieval",), clip=pair), photographs)
+
+
+def test_emoji_are_asked_by_their_judge_and_by_a_pair_that_is_named(pair, monkeypatch):
+    asked = Measured({"same_base": {"value": 1.0}}, {"same_base": [1.0] * 4}, chance={"same_base": 0.5})
+    monkeypatch.setattr(metrics, "_emoji_questions", lambda drawn: asked)
+    dataset = SimpleNamespace(config=SimpleNamespace(name="emoji"))
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    reference = Reference("seen", dataset, np.arange(4), ["hand", "foot", "sun", "moon"], pictures, None)
+    found = METRICS["retrieval"].function(Drawn(pictures, reference, SuiteConfig()))
+    assert set(found.scores) == {"same_base"}
+    suite = SuiteConfig(metrics=("retrieval",), clip=pair)
+    reference = replace(reference, extractor=load_extractor("pixel_statistics"))
+    found = METRICS["retrieval"].function(Drawn(pictures, reference, suite))
+    assert set(found.scores) == set(found.per_image) == set(found.chance) == {"same_base", "r_at_1", "r_at_5"}
+    stamp = stamp_of_judges(suite, "emoji")["retrieval"]
+    assert stamp["hash"] == load_extractor(pair).hash
+    assert stamp["emoji"] == features.hash_tensors(judge().tower.state_dict())
+    assert looks_of(SuiteConfig(metrics=("retrieval",)), "emoji") == []
+    assert looks_of(suite, "emoji") == ["clip_embeds"]
 
 
 class Kept(Share):
