@@ -209,7 +209,8 @@ def sweep_figure(table: Mapping[str, Any]) -> str:
     """Draw a guidance sweep, one panel a split: distance over CLIP-score, each point with both intervals: base64 PNG.
 
     Scales below 1 leave the prompt out in part and lie far away; where there are two others, these decide the view, and
-    what lies outside is written in the corner.
+    what lies outside is written in the corner. Distances that span a factor of 8 stand on a logarithmic axis, for the
+    best scales would fall on one spot.
 
     Args:
         table: as `sweep.sweep_run` writes it.
@@ -238,6 +239,12 @@ def sweep_figure(table: Mapping[str, Any]) -> str:
         axis.set_xlabel(f"{across.label} (more is better)")
         axis.set_ylabel(f"{up.label} (less is better)")
         _view_on_guided(axis, [p["guidance_scale"] for p in table["points"]], x, y, bars)
+        if min(y) > 0 and max(y) > 8 * min(y):
+            lowest, highest = min(y) / 1.5, axis.get_ylim()[1] * 1.3
+            axis.set_yscale("log")
+            axis.set_ylim(lowest, highest)
+            axis.yaxis.set_major_formatter(_plain())
+            axis.yaxis.set_minor_formatter(_plain())
     return _png(figure)
 
 
