@@ -242,7 +242,12 @@ def test_released_t5_ids_are_sentencepiece_where_no_special_token_is_written(t5_
 
     pieces = SentencePieceProcessor(model_file=str(t5_folder / "spiece.model"))
     plain = [text for text in PROMPTS if "</s>" not in text]
-    assert ReleasedT5Tokenizer(t5_folder)(plain, 10**6) == [[*pieces.encode(text), T5_END] for text in plain]
+    for text, ours in zip(plain, ReleasedT5Tokenizer(t5_folder)(plain, 10**6), strict=True):
+        theirs = [*pieces.encode(text), T5_END]
+        if ours != theirs:  # a small model made here has ties, which the two programs may break differently
+            assert pieces.decode(ours) == pieces.decode(theirs)
+            scores = [sum(pieces.get_score(i) for i in ids) for ids in (ours, theirs)]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_every_form_of_a_t5_tokenizer_gives_the_same_ids(t5_folder, tmp_path):

@@ -111,6 +111,11 @@ def test_dinov2_equals_transformers_implementation(weights, images):
         for j in (1, 2):
             theirs[f"encoder.layer.{i}.layer_scale{j}.lambda1"] = state[f"blocks.{i}.ls{j}.gamma"]
     model = Dinov2Model(config).eval()
+    if "encoder.layer.0.attention.q_proj.weight" not in model.state_dict():  # an older transformers
+        former = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
+        former["o_proj"] = "output.dense"
+        for new, old in former.items():
+            theirs = {key.replace(f"attention.{new}", f"attention.{old}"): value for key, value in theirs.items()}
     model.load_state_dict(theirs)
     with torch.no_grad():
         expected = model(pixel_values=extractor.prepare(images)).pooler_output
