@@ -92,7 +92,8 @@ class MMDiT(nn.Module):
 
         for i, block in enumerate(self.joint_blocks):
             if i not in skipped:
-                x, text = block(x, text, c, self._record(records, i))
+                x, context, negative = block(x, text, c, self._record(records, i))
+                text = None if text is None else text._replace(context=context, negative=negative)
             if residuals and i < config.depth - 1:
                 x = x + residuals[i * len(residuals) // config.depth]
 
@@ -146,8 +147,8 @@ class JointBlock(nn.Module):
 
     def forward(
         self, x: Tensor, text: Text | None, c: Tensor, weights: list[Tensor] | None
-    ) -> tuple[Tensor, Text | None]:
-        """Return the updated streams.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the updated streams: image, text, negative text. (Tensors: torch 2.11 compiles no other tuple right.)
 
         Args:
             x: image [B, N, D].
@@ -156,7 +157,8 @@ class JointBlock(nn.Module):
             weights: where given, what image queries read from text keys is appended, [B, A, N, L].
         """
         reading = self.x_block.read(x, c)
-        return joint_attention(x, self.x_block, reading, self._owners(text), text, c, last=self.last, record=weights)
+        x, text = joint_attention(x, self.x_block, reading, self._owners(text), text, c, last=self.last, record=weights)
+        return (x, None, None) if text is None else (x, text.context, text.negative)
 
     def _owners(self, text: Text | None) -> list[Owner]:
         """Say which weights own which part of the text."""
