@@ -21,7 +21,7 @@ from mmdit.config import UNetConfig
 from mmdit.denoiser import Conditioning, attention_records, skipped_layers
 from mmdit.models.layers import admit, timestep_embedding
 from mmdit.models.text import PerEncoder, project, read_text
-from mmdit.models.unet_attention import Companions, SpatialTransformer, zero_init
+from mmdit.models.unet_attention import Companions, Moving, SpatialTransformer, zero_init
 from mmdit.models.unet_text import TextRoute, TextStop
 
 
@@ -81,7 +81,7 @@ class Upsample(nn.Module):
 class Block(nn.Sequential):
     """One entry of input_blocks, middle_block or output_blocks: layers that take different companions."""
 
-    def forward(self, features: Tensor, companions: Companions) -> tuple[Tensor, Companions]:
+    def forward(self, features: Tensor, companions: Companions) -> tuple[Tensor, Moving]:
         """Run the layers over features [B, D, H, W]."""
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -90,7 +90,7 @@ class Block(nn.Sequential):
                 features, companions = layer(features, companions)
             else:
                 features = layer(features)
-        return features, companions
+        return features, companions.moving()
 
 
 class UNet(nn.Module):
@@ -215,15 +215,18 @@ class UNet(nn.Module):
         features = latents.to(time.dtype).contiguous(memory_format=torch.channels_last)
         skips = []
         for block in self.input_blocks:
-            features, companions = block(features, companions)
+            features, moved = block(features, companions)
+            companions = companions.after(moved)
             skips.append(features)
         if residuals is not None:
             skips = [skip + next(added) for skip in skips]
-        features, companions = self.middle_block(features, companions)
+        features, moved = self.middle_block(features, companions)
+        companions = companions.after(moved)
         if residuals is not None:
             features = features + next(added)
         for block in self.output_blocks:
-            features, companions = block(torch.cat([features, skips.pop()], dim=1), companions)
+            features, moved = block(torch.cat([features, skips.pop()], dim=1), companions)
+            companions = companions.after(moved)
         return self.out(features)  # [B, out_channels, H, W]
 
     def _companions(self, time: Tensor, conditioning: Conditioning) -> Companions:

@@ -19,6 +19,9 @@ from mmdit.models.layers import Keys, attend, attention, merge_heads
 from mmdit.models.text import Owner, Text, extend_masks, joint_attention
 from mmdit.models.unet_text import TextEntry, TextStop
 
+TextTensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # context, mask, negative, its mask
+Moving = tuple[TextTensors | None, dict[Any, TextTensors | None]]
+
 
 class Companions(NamedTuple):
     """What travels beside the features; read once per forward.
@@ -40,6 +43,28 @@ class Companions(NamedTuple):
     pooled: Tensor | None
     skipped: frozenset[int]
     records: dict[str, list[Tensor]] | None
+
+    def moving(self) -> Moving:
+        """Return what a block may have changed as plain tensors: torch 2.11 compiles no other output right."""
+        return _tensors(self.text), {level: _tensors(text) for level, text in self.left.items()}
+
+    def after(self, moved: Moving) -> Companions:
+        """Take up what a block returned."""
+        text, left = moved
+        like = self.states if self.text is None else self.text  # what is static is the same in all
+        return self._replace(
+            text=_text(like, text), left={level: _text(like, tensors) for level, tensors in left.items()}
+        )
+
+
+def _tensors(text: Text | None) -> TextTensors | None:
+    return None if text is None else (text.context, text.mask, text.negative, text.negative_mask)
+
+
+def _text(like: Text | None, tensors: TextTensors | None) -> Any:
+    if like is None or tensors is None:
+        return None
+    return like._replace(context=tensors[0], mask=tensors[1], negative=tensors[2], negative_mask=tensors[3])
 
 
 class Attention(nn.Module):
