@@ -1,7 +1,7 @@
 """Kernel distances between two sets of features: squared maximum mean discrepancy (MMD²).
 
-`kernel_distance` is unbiased for sets drawn apart, so unlike the Fréchet distance its expectation does not depend on N.
-Where row i of both sets belongs to one prompt, those N pairs take 2/N of their kernel's surplus off.
+`kernel_distance` is unbiased, so unlike the Fréchet distance its expectation does not depend on N. Where row i of both
+sets belongs to one prompt, say `paired`: those N kernels between the sets are no comparison of independent pictures.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def kernel_distance(
     subsets: int | Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
     subset_size: int = 1_000,
     seed: int = 0,
+    paired: bool = False,
 ) -> float:
     """Return the unbiased MMD² under the polynomial kernel (gamma x·y + coef0)^degree.
 
@@ -69,14 +70,18 @@ def kernel_distance(
         gamma: None is 1/d.
         subsets: None uses every pair of samples once, which has the least variance; a number averages over that many
             random subsets of `subset_size`, as published numbers do; pairs of row numbers name the subsets.
+        paired: row i of a and row i of b belong together (one prompt); their kernel is left out, without subsets only.
 
     Raises:
-        ValueError: fewer than 2 rows, widths that differ, values that are not finite, subsets larger than a set.
+        ValueError: fewer than 2 rows, widths that differ, values that are not finite, subsets larger than a set, pairs
+            of unequal number or in subsets.
     """
     a, b = check_pair(a, b)
     kernel = polynomial(a.shape[1], degree, gamma, coef0)
     if subsets is None:
-        return mmd(a, b, kernel)
+        return mmd(a, b, kernel, paired=paired)
+    if paired:
+        raise ValueError("paired=True uses every pair of samples once: leave `subsets` out")
     if isinstance(subsets, int):
         if not 2 <= subset_size <= min(len(a), len(b)):
             raise ValueError(f"subset_size {subset_size} must lie between 2 and the smaller set, {min(len(a), len(b))}")
@@ -86,7 +91,9 @@ def kernel_distance(
     return float(np.mean([mmd(a[rows_a], b[rows_b], kernel) for rows_a, rows_b in subsets]))
 
 
-def cmmd(a: Any, b: Any, *, sigma: float = 10.0, scale: float = 1_000.0, unbiased: bool = False) -> float:
+def cmmd(
+    a: Any, b: Any, *, sigma: float = 10.0, scale: float = 1_000.0, unbiased: bool = False, paired: bool = False
+) -> float:
     """Return the MMD² under a Gaussian kernel on normalised CLIP embeddings, times 1000.
 
     Source: Jayasumana et al. 2024, arXiv:2401.09603. Its code keeps the diagonals (biased), and so do published
@@ -95,22 +102,34 @@ def cmmd(a: Any, b: Any, *, sigma: float = 10.0, scale: float = 1_000.0, unbiase
     Args:
         a, b: image embeddings [N_a, d], [N_b, d]; normalised here.
         unbiased: leave the diagonals out.
+        paired: as for `kernel_distance`; the biased form takes every pair, as published.
 
     Raises:
         ValueError: as `kernel_distance`.
     """
     a, b = (normalised(x) for x in check_pair(a, b))
-    return scale * mmd(a, b, gaussian(sigma), biased=not unbiased)
+    return scale * mmd(a, b, gaussian(sigma), biased=not unbiased, paired=paired)
 
 
-def mmd(a: FloatArray, b: FloatArray, kernel: Kernel, *, biased: bool = False) -> float:
-    """Return MMD²; unbiased without the diagonals of the two within-set kernels."""
+def mmd(a: FloatArray, b: FloatArray, kernel: Kernel, *, biased: bool = False, paired: bool = False) -> float:
+    """Return MMD²; unbiased without the diagonals of the two within-set kernels, and of the one across where paired.
+
+    Source: Gretton et al. 2012, Lemma 6: Eq. 3 for sets drawn apart, Eq. 4 for pairs.
+
+    Raises:
+        ValueError: pairs of unequal number.
+    """
+    if paired and len(a) != len(b):
+        raise ValueError(f"pairs need equal numbers, a has {len(a)} samples and b {len(b)}")
 
     def within(x: FloatArray) -> float:
         total, n = sum(_sums(kernel, x, x)), len(x)
-        return total / n**2 if biased else (total - _diagonal(kernel, x)) / (n * (n - 1))
+        return total / n**2 if biased else (total - _diagonal(kernel, x, x)) / (n * (n - 1))
 
-    return within(a) + within(b) - 2.0 * sum(_sums(kernel, a, b)) / (len(a) * len(b))
+    across, pairs = sum(_sums(kernel, a, b)), len(a) * len(b)
+    if paired and not biased:
+        across, pairs = across - _diagonal(kernel, a, b), pairs - len(a)
+    return within(a) + within(b) - 2.0 * across / pairs
 
 
 def normalised(x: FloatArray) -> FloatArray:
@@ -196,9 +215,9 @@ def _sums(kernel: Kernel, x: FloatArray, y: FloatArray) -> list[float]:
     return [float(kernel(x[start : start + _CHUNK], y).sum()) for start in range(0, len(x), _CHUNK)]
 
 
-def _diagonal(kernel: Kernel, x: FloatArray) -> float:
-    """Sum of k(x, x), in small blocks: a polynomial needs no more than each sample by itself."""
-    return float(sum(np.trace(kernel(x[i : i + 64], x[i : i + 64])) for i in range(0, len(x), 64)))
+def _diagonal(kernel: Kernel, x: FloatArray, y: FloatArray) -> float:
+    """Sum of k(x_i, y_i), in small blocks."""
+    return float(sum(np.trace(kernel(x[i : i + 64], y[i : i + 64])) for i in range(0, len(x), 64)))
 
 
 def _draw_rows(a: FloatArray, b: FloatArray, size: int, seed: int, i: int) -> tuple[np.ndarray, np.ndarray]:

@@ -97,6 +97,7 @@ def kernel_interval(
 ) -> Estimate:
     """Return the unbiased `kernel_distance` over all pairs with its interval.
 
+    With reference "paired" the kernel of a row with its own partner is left out (`kernel_distance(paired=True)`).
     Where the two distributions are equal the estimate is skewed, and the interval, symmetric, covers too often.
 
     Args:
@@ -108,7 +109,8 @@ def kernel_interval(
     """
     a, b = check_pair(a, b)
     kernel = polynomial(a.shape[1], degree, gamma, coef0)
-    return _mmd_interval(mmd(a, b, kernel), a, b, kernel, 1.0, reference, level)
+    value = mmd(a, b, kernel, paired=_checked(a, b, reference) == "paired")
+    return _mmd_interval(value, a, b, kernel, 1.0, reference, level)
 
 
 def cmmd_interval(
@@ -128,7 +130,8 @@ def cmmd_interval(
     """
     a, b = (normalised(x) for x in check_pair(a, b))
     kernel = gaussian(sigma)
-    return _mmd_interval(scale * mmd(a, b, kernel, biased=not unbiased), a, b, kernel, scale, reference, level)
+    value = scale * mmd(a, b, kernel, biased=not unbiased, paired=_checked(a, b, reference) == "paired")
+    return _mmd_interval(value, a, b, kernel, scale, reference, level)
 
 
 def paired_frechet_difference(
@@ -183,9 +186,9 @@ def paired_kernel_difference(
     if len(a1) != len(a2):
         raise ValueError(f"runs are paired by prompts: a1 has {len(a1)} rows, a2 has {len(a2)}")
     kernel = polynomial(a1.shape[1], degree, gamma, coef0)
-    value = mmd(a1, b, kernel) - mmd(a2, b, kernel)
-    own = [(1.0, a1, a1), (-1.0, a2, a2)]
     kind = _checked(a1, b, reference)
+    value = mmd(a1, b, kernel, paired=kind == "paired") - mmd(a2, b, kernel, paired=kind == "paired")
+    own = [(1.0, a1, a1), (-1.0, a2, a2)]
     if kind == "paired":
         mixed = [(-1.0, a1, b), (-1.0, b, a1), (1.0, a2, b), (1.0, b, a2)]
         variance = mmd_variance(Core(kernel, own + mixed))

@@ -40,7 +40,7 @@ from mmdit_eval.metrics import METRICS, TINY, looks_of, stamp_of_judges
 
 __all__ = ["check_suite", "compare", "evaluate_ceiling", "evaluate_run", "evaluate_snapshots", "load_references"]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 Say = Callable[[str], None]
 
 

@@ -1,5 +1,7 @@
 """Kernel distances against the sums written out, and against torch-fidelity."""
 
+import functools
+
 import numpy as np
 import pytest
 from mmdit_eval import cmmd, kernel_distance
@@ -47,6 +49,32 @@ def test_its_mean_over_draws_of_one_distribution_is_zero():
     assert min(values) < 0 < max(values)
 
 
+def test_pairs_are_compared_with_others_only():
+    """Gretton et al. 2012, Eq. 4: the mean of h over pairs that differ."""
+    a, b = draw(15, 6, 0), draw(15, 6, 1, 0.4)
+
+    def k(x, y):
+        return (x @ y / 6 + 1) ** 3
+
+    different = [(i, j) for i in range(15) for j in range(15) if i != j]
+    h = [k(a[i], a[j]) + k(b[i], b[j]) - k(a[i], b[j]) - k(a[j], b[i]) for i, j in different]
+    assert kernel_distance(a, b, paired=True) == pytest.approx(np.mean(h), rel=1e-12)
+    assert kernel_distance(a, a, paired=True) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("distance", [kernel_distance, functools.partial(cmmd, unbiased=True)])
+def test_pairs_that_resemble_each_other_have_a_mean_of_zero(distance):
+    """Sets of one distribution whose row i agree for nine tenths, as pictures of one prompt do."""
+    paired, apart = [], []
+    for i in range(300):
+        a = draw(20, 4, 2 * i)
+        b = 0.9 * a + np.sqrt(1 - 0.9**2) * draw(20, 4, 2 * i + 1)
+        paired.append(distance(a, b, paired=True))
+        apart.append(distance(a, b))
+    assert abs(np.mean(paired)) < 3 * np.std(paired) / np.sqrt(300)
+    assert np.mean(apart) < -20 * np.std(apart) / np.sqrt(300)
+
+
 def test_subsets_of_the_whole_set_are_the_whole_set():
     a, b = draw(40, 5, 0), draw(40, 5, 1, 0.5)
     assert kernel_distance(a, b, subsets=3, subset_size=40) == pytest.approx(kernel_distance(a, b), rel=1e-12)
@@ -70,3 +98,7 @@ def test_unusable_features_are_refused_in_words():
         kernel_distance(a[:1], a)
     with pytest.raises(ValueError, match="subset_size 11"):
         kernel_distance(a, a, subsets=2, subset_size=11)
+    with pytest.raises(ValueError, match="a has 10 samples and b 9"):
+        kernel_distance(a, a[1:], paired=True)
+    with pytest.raises(ValueError, match="leave `subsets` out"):
+        kernel_distance(a, a, subsets=2, subset_size=5, paired=True)

@@ -1,5 +1,6 @@
 """Intervals of distances between sets: against brute force, and that they cover what they promise."""
 
+import functools
 import runpy
 from pathlib import Path
 
@@ -35,7 +36,12 @@ def half(estimate):
 def test_the_value_is_the_distance_and_lies_in_the_middle(interval, reference):
     a, b = draw(60, 6, 0), draw(60, 6, 1, 0.5)
     estimate = interval(a, b, reference=reference)
-    distance = {frechet_interval: frechet_distance, kernel_interval: kernel_distance, cmmd_interval: cmmd}[interval]
+    paired = reference == "paired"
+    distance = {
+        frechet_interval: frechet_distance,
+        kernel_interval: functools.partial(kernel_distance, paired=paired),
+        cmmd_interval: functools.partial(cmmd, paired=paired),
+    }[interval]
     assert estimate["value"] == pytest.approx(distance(a, b), rel=1e-10)
     assert estimate["low"] < estimate["value"] < estimate["high"]
     assert estimate["value"] - estimate["low"] == pytest.approx(half(estimate))
