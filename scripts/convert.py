@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from mmdit.weights.header import WeightsError, refuse_unreadable
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -23,6 +25,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.inspect and (arguments.out is None or arguments.layout is None):
         parser.error("give OUT and --layout, or --inspect")
+    try:
+        refuse_unreadable(arguments.source)
+    except WeightsError as error:
+        print(error, file=sys.stderr)
+        return 2
     from mmdit.weights.convert import DTYPES, convert  # torch from here on
     from mmdit.weights.inspect import inspect_weights, print_inspection
 

@@ -16,6 +16,7 @@ import tyro
 
 from mmdit.config import SamplerName
 from mmdit.registry import unknown
+from mmdit.weights.header import WeightsError, refuse_unreadable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,10 @@ if __name__ == "__main__":
         sys.exit(print(unknown("sampler", arguments.sampler, get_args(SamplerName)), file=sys.stderr) or 2)
     if not arguments.prompt and not arguments.dry_run:
         sys.exit(print('give at least one --prompt "..."', file=sys.stderr) or 2)
+    try:
+        refuse_unreadable(arguments.weights)
+    except WeightsError as error:
+        sys.exit(print(error, file=sys.stderr) or 2)
     from mmdit.pipeline import sample_to_folder  # torch from here on
 
     sys.exit(sample_to_folder(**vars(arguments)))

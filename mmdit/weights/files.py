@@ -28,6 +28,20 @@ from mmdit.weights.header import PICKLES, Entry, WeightsError, pickle_error, rea
 __all__ = ["WeightFiles", "WeightsError", "open_weights"]
 
 SUFFIX = ".safetensors"
+DTYPES = {  # by the format's names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 STANDARD = ("diffusion_pytorch_model", "model")  # the names diffusers and transformers give
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\.\w+)?")  # without .safetensors
 _PIECE = 1 << 22  # bytes read at once where they are converted
@@ -76,7 +90,7 @@ class WeightFiles:
 
     def dtype(self, key: str) -> torch.dtype:
         """Return a tensor's dtype as it is stored."""
-        return self._entry(key).dtype
+        return DTYPES[self._entry(key).dtype]
 
     def nbytes(self, key: str) -> int:
         """Return a tensor's bytes on disk."""
@@ -108,7 +122,7 @@ class WeightFiles:
         Raises:
             WeightsError: as `read`; or the shapes differ.
         """
-        entry = self._entry(key)
+        entry, stored = self._entry(key), self.dtype(key)
         if tuple(target.shape) != entry.shape:
             raise WeightsError(f"{key!r} is {list(entry.shape)} in {entry.file}, expected {list(target.shape)}")
         self.refuse_scaled([key])
@@ -118,15 +132,15 @@ class WeightFiles:
         flat = target.detach().view(-1)
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)
-            if target.dtype == entry.dtype and target.device.type == "cpu":
+            if target.dtype == stored and target.device.type == "cpu":
                 _fill(file, flat, entry)
                 return target
-            step = _PIECE // entry.dtype.itemsize
+            step = _PIECE // stored.itemsize
             if flat.numel() == 0:
                 return target
             # pages of its own: taken from the heap, it left holes between the weights of half their size
-            pages = mmap.mmap(-1, min(step, flat.numel()) * entry.dtype.itemsize)
-            piece = torch.frombuffer(pages, dtype=entry.dtype)
+            pages = mmap.mmap(-1, min(step, flat.numel()) * stored.itemsize)
+            piece = torch.frombuffer(pages, dtype=stored)
             for start in range(0, flat.numel(), step):
                 part = piece[: min(step, flat.numel() - start)]
                 _fill(file, part, entry)

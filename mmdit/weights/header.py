@@ -1,8 +1,8 @@
 """The header of a .safetensors file, checked before a single weight is read.
 
 A file is 8 bytes (the header's length, little-endian), the header (JSON: name -> dtype, shape, byte range), then the
-tensors' bytes without gaps. Whatever contradicts that is told in words, from the header alone and in well under two
-seconds: a download that was cut off, a web page saved under the wrong name, a pickle, lengths that lie.
+tensors' bytes without gaps. Whatever contradicts that is told in words, from the header alone, without torch and in
+well under two seconds: a download that was cut off, a web page saved under the wrong name, a pickle, lengths that lie.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -15,23 +15,11 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 MAX_HEADER = 100_000_000  # bytes; the format's own limit. SDXL whole has 0.3 MB
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+ITEMSIZE = {  # bytes of one number, by the format's name of its dtype
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 _PICKLED = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how a pickle of protocol 2 to 5 begins
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
@@ -41,13 +29,26 @@ class WeightsError(ValueError):
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: bytes `start` to `stop` from the beginning of the file."""
+    """One tensor of a file: bytes `start` to `stop` from the beginning of the file; its dtype by the format's name."""
 
     file: Path
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+
+
+def refuse_unreadable(path: str | Path) -> None:
+    """Refuse a single file that can be no weights; scripts ask this before they wait for torch.
+
+    Raises:
+        WeightsError: as `read_header`, for a file that is there; folders, indices and names of files are left alone.
+    """
+    path = Path(path)
+    if path.suffix in PICKLES and path.is_file():
+        raise pickle_error(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        read_header(path)
 
 
 def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -142,17 +143,17 @@ def _entries(path: Path, table: dict[str, Any], offset: int, size: int) -> dict[
             name, shape, (start, stop) = described["dtype"], described["shape"], described["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise WeightsError(f"{path} describes {key!r} without dtype, shape and data_offsets") from error
-        if name not in DTYPES:
-            raise WeightsError(f"{path} holds {key!r} as {name!r}; known are {', '.join(DTYPES)}")
+        if name not in ITEMSIZE:
+            raise WeightsError(f"{path} holds {key!r} as {name!r}; known are {', '.join(ITEMSIZE)}")
         numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise WeightsError(f"{path} describes {key!r} with shape {shape!r} and bytes {start!r} to {stop!r}")
-        if math.prod(shape) * DTYPES[name].itemsize != stop - start:
+        if math.prod(shape) * ITEMSIZE[name] != stop - start:
             raise WeightsError(
-                f"{path} is damaged: {key!r} is {name} {shape}, {math.prod(shape) * DTYPES[name].itemsize:,} bytes, "
+                f"{path} is damaged: {key!r} is {name} {shape}, {math.prod(shape) * ITEMSIZE[name]:,} bytes, "
                 f"but occupies bytes {start:,} to {stop:,}"
             )
-        entries[key] = Entry(path, DTYPES[name], tuple(shape), offset + start, offset + stop)
+        entries[key] = Entry(path, name, tuple(shape), offset + start, offset + stop)
     _check_cover(path, entries, offset, size)
     return entries
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmdit.weights.files import SHARD, SUFFIX
-from mmdit.weights.header import DTYPES, WeightsError, sync
+from mmdit.weights.files import DTYPES, SHARD, SUFFIX
+from mmdit.weights.header import WeightsError, sync
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

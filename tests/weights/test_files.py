@@ -3,7 +3,10 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -12,6 +15,7 @@ import torch
 from mmdit.weights.files import WeightsError, open_weights
 from mmdit.weights.writing import Lazy, parse_size, write_weights
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
 
@@ -310,3 +314,18 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
     os.truncate(tmp_path / "m.safetensors", 500)
     with pytest.raises(WeightsError, match="shorter"):
         files.read("a")
+
+
+@pytest.mark.parametrize("script", ["sample.py --prompt x --weights", "convert.py --inspect"])
+def test_scripts_refuse_a_file_that_is_none_before_they_wait_for_torch(tmp_path, script):
+    page, pickled = tmp_path / "page.safetensors", tmp_path / "model.ckpt"
+    page.write_text("<!doctype html><title>accept the licence</title>")
+    pickled.write_bytes(b"PK\x03\x04")
+    script, *rest = script.split()
+    for file, words in ((page, "web page"), (pickled, "pickle")):
+        code = f"import runpy, sys; sys.argv = {[script, *rest, str(file)]!r}\n"
+        code += f"try: runpy.run_path({str(SCRIPTS / script)!r}, run_name='__main__')\n"
+        code += "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert words in done.stderr
+        assert done.stdout.split() == ["2", "False"]
