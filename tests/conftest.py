@@ -1,10 +1,41 @@
-"""What tests of several rooms share: a small random VAE on disk, the tiny text encoders, the config of a micro run."""
+"""What tests of several rooms share: no network, a small random VAE, the tiny text encoders, a micro run's config."""
 
+import importlib.util
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # micro models: threads cost more than they give
 
 import pytest
+
+GUARD = Path(__file__).parent / "guard"
+
+
+def _guard_the_network() -> Path:
+    """Refuse connections to other machines here and in every process that a test starts; return the list of tries."""
+    if "MMDIT_NETWORK_LOG" not in os.environ:
+        descriptor, log = tempfile.mkstemp(prefix="network-", suffix=".log")
+        os.close(descriptor)
+        os.environ["MMDIT_NETWORK_LOG"] = log
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(GUARD), *filter(None, [os.environ.get("PYTHONPATH")])])
+        spec = importlib.util.spec_from_file_location("network_guard", GUARD / "sitecustomize.py")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return Path(os.environ["MMDIT_NETWORK_LOG"])
+
+
+TRIES = _guard_the_network()
+
+
+@pytest.fixture(autouse=True)
+def offline(request):
+    """Fail a test during which a process of it tried to reach another machine."""
+    before = TRIES.stat().st_size if TRIES.exists() else 0
+    yield
+    if TRIES.exists() and TRIES.stat().st_size > before:
+        lines = TRIES.read_text(encoding="utf-8").splitlines()
+        mine = [line for line in lines if line.startswith(request.node.nodeid)]
+        assert not mine, f"tests are offline, but this one tried to connect: {mine}"
 
 
 @pytest.fixture(scope="session")

@@ -114,8 +114,9 @@ FAULTS: dict[str, Fault] = {
     "F18": Fault(
         "static: pickle, eval, weights_only=False, shell=True, yaml.load, trust_remote_code",
         "no hit in our code",
+        "static",
     ),
-    "F19": Fault("no network: the whole test suite behind a guard on sockets", "no attempt to connect"),
+    "F19": Fault("no network: the whole test suite behind a guard on sockets", "no attempt to connect", "static"),
     "F20": Fault(
         "20,000 tiny steps with validation, samples and checkpoints",
         "memory grows < 1 MB per 1,000 steps, file descriptors and temporary files constant",

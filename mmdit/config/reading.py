@@ -50,7 +50,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         hint = f"; did you mean {guess}?" if guess else "; see configs/ for the ones that are shipped"
         raise FileNotFoundError(f"no config file {path}{hint}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        tree = _UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if tree is None:

@@ -1,6 +1,7 @@
 """Whole studies of micro runs: shared trainings, budgets in seconds, jobs of a cluster, power from a pilot."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -171,7 +172,7 @@ def test_power_plans_from_a_pilots_spread(tmp_path, request):
     command = [sys.executable, "scripts/ablate.py", "power", str(folder), "--metric", "all_correct"]
     done = subprocess.run(
         [*command, "--difference", "5"], cwd=request.config.rootpath, capture_output=True, text=True, check=True,
-        env={**__import__("os").environ, "PYTHONPATH": f"{request.config.rootpath}:{request.config.rootpath / 'eval'}"},
+        env={**os.environ, "PYTHONPATH": f"{request.config.rootpath}:{request.config.rootpath / 'eval'}"},
     )  # fmt: skip
     assert "seeds a row" in done.stdout
     (tmp_path / "one").mkdir()
