@@ -368,6 +368,7 @@ class TrainConfig(Config):
     shard_size: PositiveInt | None = None  # hsdp: processes that share one copy of the model; None: those of a machine
     timeout: PositiveInt = 600  # seconds a process waits for the others before it gives up
     max_skips: NonNegativeInt = 0  # updates in a row left out for a loss or gradient that is not finite; then it stops
+    async_checkpoints: bool = False  # copied to host memory in the step, written by a thread; takes a copy's memory
     save_retries: NonNegativeInt = 3  # checkpoints in a row that may fail (disk full); training goes on meanwhile
     log_every: NonNegativeInt = 2_560
     validate_every: NonNegativeInt = 100_000

@@ -14,6 +14,7 @@ from mmdit.denoiser import unwrap
 from mmdit.diffusion import Schedule
 from mmdit.encoders.text import TextEncoders
 from mmdit.encoders.vae import AutoencoderKL
+from mmdit.train.background import Background
 from mmdit.train.ema import EMAs
 from mmdit.train.sharding import is_sharded
 from mmdit.train.tracking import Metrics
@@ -43,6 +44,7 @@ class Run:
     evaluation_pending: bool = False  # interrupted between an update and its validation
     skipped: int = 0  # updates left out in a row
     failed_saves: int = 0  # in a row
+    background: Background = field(default_factory=Background)
     sharded: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:

@@ -2,6 +2,9 @@
 
 A model that every process holds is written by the first one; a sharded model by all of them, each its own part
 (`mmdit.train.shards`), under the same folder name, manifest and rules. Both load into any number of processes.
+
+With `train.async_checkpoints` those of the intervals are written by a thread (`mmdit.train.background`); the last one
+of a session never is. Failures count alike, a step or an interval later.
 """
 
 from __future__ import annotations
@@ -30,53 +33,128 @@ ROOM = 1.2  # free disk space wanted before a save, in sizes of the last checkpo
 
 
 def save(run: Run, complete: bool = False) -> Path:
-    """Write a checkpoint, then prune; of a finished run also `complete.json`.
+    """Write a checkpoint, then prune; of a finished run also `complete.json`. One in the background is waited for.
 
     Raises:
         CheckpointError: it could not be written; the ones before are untouched. Every process raises.
     """
-    path = run.run_dir / "checkpoints" / f"{run.images_seen:012d}"
+    path = _folder(run)
+    before = settle(run)
+    if before is not None:  # no matter: this one comes after it
+        run.log("event", event="save_failed", message=str(before))
     if run.saved_at == run.images_seen and not complete:
         return path
     error = None
     try:
         check_room(run)
-        path = _write(run, complete)
+        path = _write(run, state_tensors_here(run), _counters(run, complete))
     except (CheckpointError, ValueError) as failure:
         error = failure
-    if not _all_agree(run, error is None):
-        if isinstance(error, CheckpointError):
-            raise error
-        raise CheckpointError(path, str(error or "another process could not write its part"), "See its message")
+    _raise_together(run, path, error)
     run.saved_at = run.images_seen
     if run.accelerator.is_main_process:
-        _tidy(run, path, complete)
+        _prune(run)
+        if complete:
+            _mark_complete(run, path)
     run.accelerator.wait_for_everyone()
     return path
 
 
 def save_or_go_on(run: Run) -> None:
-    """Write a checkpoint; where that fails (a full disk), say so, keep the last one and go on with the training.
+    """Write a checkpoint, or begin to; where that fails (a full disk), say so, keep the last one and go on training.
 
     Raises:
         CheckpointError: `train.save_retries` checkpoints in a row have failed already.
     """
+    poll(run, wait=True)
     try:
+        if run.config.train.async_checkpoints:
+            begin(run)
+            return
         save(run)
     except CheckpointError as error:
-        run.failed_saves += 1
-        allowed = run.config.train.save_retries
-        run.log("event", event="save_failed", message=str(error))
-        if run.failed_saves > allowed:
-            raise
-        if run.accelerator.is_main_process:
-            print(
-                f"\n{error}\ntraining goes on; failure {run.failed_saves} of at most {allowed} in a row "
-                f"(train.save_retries), the next try is at the next checkpoint",
-                flush=True,
-            )
+        _failed(run, error)
     else:
         run.failed_saves = 0
+
+
+def begin(run: Run) -> None:
+    """Copy the state into host memory and let the thread write it; what goes wrong there `poll` tells.
+
+    Raises:
+        CheckpointError: there is no room for it, or a parameter is not finite. Every process raises.
+    """
+    if run.saved_at == run.images_seen:
+        return
+    error, staged = None, {}
+    try:
+        check_room(run)
+        staged = run.background.stage(state_tensors_here(run))
+    except (CheckpointError, ValueError) as failure:
+        error = failure
+    _raise_together(run, _folder(run), error)
+    counters = _counters(run, complete=False)
+    group = run.background.group(run.config.train.timeout) if run.sharded else None
+    main = run.accelerator.is_main_process
+
+    def write() -> None:
+        _write(run, staged, counters, group)
+        if main:
+            _prune(run)
+
+    run.background.begin(run.images_seen, write if main or run.sharded else None)
+
+
+def settle(run: Run, wait: bool = True) -> CheckpointError | None:
+    """Take note of the checkpoint in the background; every process must ask, all get the same kind of answer.
+
+    Args:
+        wait: until it is written; else do nothing where a process is still at it.
+
+    Returns:
+        What went wrong; None where nothing did, or nothing was in flight, or it still is.
+    """
+    images_seen = run.background.images_seen
+    if images_seen is None or not (wait or _all_agree(run, run.background.finished())):
+        return None
+    error = run.background.result()
+    agreed = _all_agree(run, error is None)
+    if error is not None and not isinstance(error, CheckpointError | ValueError):
+        raise error  # no disk's fault, but ours
+    if not agreed:
+        return error if isinstance(error, CheckpointError) else _elsewhere(_folder(run, images_seen), error)
+    run.saved_at, run.failed_saves = images_seen, 0
+    return None
+
+
+def poll(run: Run, wait: bool = False) -> None:
+    """Look after the checkpoint in the background: a failure there counts as that of any other.
+
+    Raises:
+        CheckpointError: as `save_or_go_on`.
+    """
+    error = settle(run, wait)
+    if error is not None:
+        _failed(run, error)
+
+
+def _failed(run: Run, error: CheckpointError) -> None:
+    """Count a checkpoint that could not be written, and go on; or not.
+
+    Raises:
+        CheckpointError: `error`, where it is one too many in a row.
+    """
+    run.failed_saves += 1
+    allowed = run.config.train.save_retries
+    run.log("event", event="save_failed", message=str(error))
+    if run.failed_saves > allowed:
+        raise error
+    if run.accelerator.is_main_process:
+        print(
+            f"\n{error}\ntraining goes on; failure {run.failed_saves} of at most {allowed} in a row "
+            f"(train.save_retries), the next try is at the next checkpoint",
+            flush=True,
+        )
 
 
 def check_room(run: Run) -> None:
@@ -129,8 +207,14 @@ def state_tensors(run: Run) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _write(run: Run, complete: bool) -> Path:
-    state = {
+def state_tensors_here(run: Run) -> dict[str, dict[str, Tensor]]:
+    """Return what this process writes: its shards, or everything in the first process and nothing in the others."""
+    return state_tensors(run) if run.sharded or run.accelerator.is_main_process else {}
+
+
+def _counters(run: Run, complete: bool) -> dict[str, Any]:
+    return {
+        "images_seen": run.images_seen,
         "step": run.step,
         "seconds": run.seconds,
         "ema_updates": run.emas.main.updates,
@@ -138,28 +222,38 @@ def _write(run: Run, complete: bool) -> Path:
         "skipped": run.skipped,
         "complete": complete,
     }
+
+
+def _write(run: Run, tensors: dict[str, dict[str, Tensor]], counters: dict[str, Any], group: Any = None) -> Path:
+    images_seen = counters["images_seen"]
     if run.sharded:
-        return save_sharded(run.run_dir, run.images_seen, state_tensors(run), state, run.config)
+        return save_sharded(run.run_dir, images_seen, tensors, counters, run.config, group)
     if run.accelerator.is_main_process:
-        return save_checkpoint(run.run_dir, run.images_seen, state_tensors(run), state, run.config)
-    return run.run_dir / "checkpoints" / f"{run.images_seen:012d}"
+        return save_checkpoint(run.run_dir, images_seen, tensors, counters, run.config)
+    return _folder(run, images_seen)
 
 
-def _tidy(run: Run, path: Path, complete: bool) -> None:
-    """Prune, and of a finished run leave the marker."""
+def _prune(run: Run) -> None:
     train = run.config.train
     every = train.keep_every
     prune_checkpoints(run.run_dir, train.keep_checkpoints, lambda n: every > 0 and n % every < train.batch_size)
-    if complete:
-        record = {
-            "images_seen": run.images_seen,
-            "step": run.step,
-            "seconds": run.seconds,
-            "parameters": count_parameters(run.module),
-            "checkpoint": path.name,
-        }
-        (run.run_dir / "complete.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        run.log("event", event="complete")
+
+
+def _mark_complete(run: Run, path: Path) -> None:
+    """Leave the marker of a finished run."""
+    record = {
+        "images_seen": run.images_seen,
+        "step": run.step,
+        "seconds": run.seconds,
+        "parameters": count_parameters(run.module),
+        "checkpoint": path.name,
+    }
+    (run.run_dir / "complete.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    run.log("event", event="complete")
+
+
+def _folder(run: Run, images_seen: int | None = None) -> Path:
+    return run.run_dir / "checkpoints" / f"{run.images_seen if images_seen is None else images_seen:012d}"
 
 
 def _newest_folder(run: Run) -> Path | None:
@@ -168,6 +262,16 @@ def _newest_folder(run: Run) -> Path | None:
 
     found = list_checkpoints(run.run_dir)
     return found[-1] if found else None
+
+
+def _raise_together(run: Run, path: Path, error: CheckpointError | ValueError | None) -> None:
+    """Raise in every process what went wrong in one."""
+    if not _all_agree(run, error is None):
+        raise error if isinstance(error, CheckpointError) else _elsewhere(path, error)
+
+
+def _elsewhere(path: Path, error: BaseException | None) -> CheckpointError:
+    return CheckpointError(path, str(error or "another process could not write its part"), "See its message")
 
 
 def _all_agree(run: Run, good: bool) -> bool:

@@ -48,53 +48,83 @@ def save_sharded(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     config: RunConfig,
+    group: Any = None,
 ) -> Path:
     """Write one checkpoint together; every process calls this with its shards. Arguments as `save_checkpoint`.
 
+    Args:
+        group: processes agree over this group; None: the default one. A thread beside the training needs its own.
+
     Raises:
-        CheckpointError: in every process, where one of them could not write; nothing is left behind.
+        CheckpointError: in every process, where one of them could not write, or not read back what it wrote.
     """
     folder, rank = Path(run_dir) / "checkpoints", dist.get_rank()
     path = folder / f"{images_seen:012d}"
     names = [f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}"]
-    dist.broadcast_object_list(names, src=0)  # one name for all
+    dist.broadcast_object_list(names, src=0, group=group)  # one name for all
     temporary = folder / names[0]
     problem: str | None = None
-    mine: dict[str, Any] = {}
+    mine: dict[str, dict[str, Any]] = {}
     try:
         if rank == 0:
             temporary.mkdir(parents=True)
     except OSError as error:
         problem = str(error)
-    problem = _worst(problem)
+    problem = _worst(problem, group)
     if problem is None:
         try:
-            for stem, table in tensors.items():
-                writer = HuggingFaceStorageWriter(str(temporary / stem), save_distributed=True)
-                dcp.save({name: tensor.detach() for name, tensor in table.items()}, storage_writer=writer)
-            for file in sorted(temporary.glob(f"*/shard-{rank + 1:05d}-*")):
-                sync(file)
-                mine[f"{file.parent.name}/{file.name}"] = fingerprint(file)
+            mine = _write_shards(temporary, tensors, rank, group)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             problem = f"{type(error).__name__}: {error}"
-        problem = _worst(problem)
+        problem = _worst(problem, group)
     if problem is None:
         every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, mine)
+        dist.all_gather_object(every, mine, group=group)
         try:
             if rank == 0:
                 _finish(temporary, path, {k: v for part in every for k, v in part.items()}, images_seen, state, config)
         except OSError as error:
             problem = str(error)
-        problem = _worst(problem)
+        problem = _worst(problem, group)
     if problem is not None:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             path, f"could not be written ({problem})", "Free disk space; the checkpoints before it are untouched"
         )
-    verify_checkpoint(path, only=lambda name: "/" not in name or f"/shard-{rank + 1:05d}-" in name)
+    _verify_together(path, rank, group)
     return path
+
+
+def _write_shards(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], rank: int, group: Any
+) -> dict[str, dict[str, Any]]:
+    """Write and sync this process's files; return their entries of the manifest."""
+    for stem, table in tensors.items():
+        writer = HuggingFaceStorageWriter(str(folder / stem), save_distributed=True)
+        detached = {name: tensor.detach() for name, tensor in table.items()}
+        dcp.save(detached, storage_writer=writer, process_group=group)
+    entries = {}
+    for file in sorted(folder.glob(f"*/shard-{rank + 1:05d}-*")):
+        sync(file)
+        entries[f"{file.parent.name}/{file.name}"] = fingerprint(file)
+    return entries
+
+
+def _verify_together(path: Path, rank: int, group: Any) -> None:
+    """Read back what this process wrote, and agree.
+
+    Raises:
+        CheckpointError: in every process, where one of them reads other bytes than it wrote.
+    """
+    unreadable: CheckpointError | None = None
+    try:
+        verify_checkpoint(path, only=lambda name: "/" not in name or f"/shard-{rank + 1:05d}-" in name)
+    except CheckpointError as error:
+        unreadable = error
+    problem = _worst(None if unreadable is None else str(unreadable), group)
+    if problem is not None:
+        raise unreadable or CheckpointError(path, f"another process reads back other bytes ({problem})", _ASK)
 
 
 def _finish(
@@ -115,10 +145,13 @@ def _finish(
     sync(path.parent)
 
 
-def _worst(problem: str | None) -> str | None:
+_ASK = "Look at that process's disk; the checkpoints before it are untouched"
+
+
+def _worst(problem: str | None, group: Any) -> str | None:
     """Return the first problem any process has; all get the same answer."""
     every: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, problem)
+    dist.all_gather_object(every, problem, group=group)
     return next((p for p in every if p is not None), None)
 
 

@@ -34,7 +34,7 @@ from mmdit.pipeline import configure_cpu
 from mmdit.train.ema import EMAs
 from mmdit.train.optim import build_optimizer, lr_at, set_lr
 from mmdit.train.run import Run, count_parameters, due, spent, total_images
-from mmdit.train.saving import restore, save, save_or_go_on
+from mmdit.train.saving import poll, restore, save, save_or_go_on
 from mmdit.train.sharding import prepare_blocks, shard
 from mmdit.train.sources import build_sources
 from mmdit.train.step import BatchDrawer, NonFiniteLossError, Prefetcher, StepResult, micro_positions, update
@@ -52,7 +52,8 @@ RESUMABLE = (
     "train.sample_prompts", "train.tensorboard", "train.cache_dir", "train.precompute", "train.verify_cache",
     "train.require_cache", "train.num_processes",
     "train.sharding", "train.shard_size", "train.accumulation", "train.compile", "train.activation_checkpointing",
-    "train.timeout", "train.max_skips", "train.save_retries", "train.wandb", "train.peak_tflops",
+    "train.timeout", "train.max_skips", "train.save_retries", "train.async_checkpoints",
+    "train.wandb", "train.peak_tflops",
 )  # fmt: skip
 
 
@@ -150,6 +151,7 @@ def loop(run: Run, should_stop: Callable[[], bool], progress: bool) -> Result:
             bar.update(train.batch_size)
 
             if logging_due(run, budget) or at_end:
+                poll(run)
                 seen = watch.record(accelerator)
                 if result is not None and losses:
                     mean = float(np.mean(losses))
@@ -169,6 +171,7 @@ def loop(run: Run, should_stop: Callable[[], bool], progress: bool) -> Result:
     finally:
         drawer.close()
         bar.close()
+        _finish_writing(run)
     return Result(True, run.images_seen, run.seconds, path)
 
 
@@ -317,8 +320,16 @@ def _interrupted(run: Run, bar: Any) -> Result:
     return Result(False, run.images_seen, run.seconds, path)
 
 
+def _finish_writing(run: Run) -> None:
+    """Let the thread finish its checkpoint, whatever ended the session; a failure has no one left to count it."""
+    error = run.background.close()
+    if error is not None:
+        print(f"\n{error}", flush=True)
+
+
 def _last_words(run: Run, reason: str) -> str:
     """Complete the message of a non-finite loss: when, and where to go on from."""
+    _finish_writing(run)
     good = latest_checkpoint(run.run_dir)
     message = (
         f"step {run.step + 1} (images {run.images_seen} to {run.images_seen + run.config.train.batch_size}): {reason}. "
@@ -331,6 +342,7 @@ def _last_words(run: Run, reason: str) -> str:
 
 def _too_large(run: Run, error: BaseException) -> str:
     """Say what to change where a step does not fit into memory."""
+    _finish_writing(run)
     train = run.config.train
     share = train.batch_size // train.accumulation // train.num_processes
     good = latest_checkpoint(run.run_dir)

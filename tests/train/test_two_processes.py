@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from mmdit.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from mmdit.config import to_yaml
@@ -29,6 +30,12 @@ def launch(config, run_dir, processes, *words):
     path.write_text(to_yaml(config))
     return subprocess.run(command(path, run_dir, processes, *words), capture_output=True, text=True, cwd=ROOT,
                           timeout=300, check=False)  # fmt: skip
+
+
+def shard_of(file):
+    """Tensors of a safetensors file, and where they lie in the whole."""
+    with safe_open(file, framework="pt") as reader:
+        return {key: reader.get_tensor(key) for key in reader.keys()}, reader.metadata()  # noqa: SIM118 (no mapping)
 
 
 def command(path, run_dir, processes, *words):
@@ -175,3 +182,57 @@ def test_shards_are_put_together_whatever_their_number(tmp_path):
     (folder / "shard-00002-model-00001-of-00001.safetensors").unlink()
     with pytest.raises(ValueError, match="hold 20 of 35 numbers"):
         _read_stem(tmp_path, "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_checkpoints_in_the_background_hold_the_same_bytes_in_two_processes(tmp_path, micro, sharding):
+    tree = {"num_processes": 2, "sharding": sharding, "checkpoint_every": 8, "keep_checkpoints": 9}
+    for name, switch in (("step", False), ("background", True)):
+        done = launch(micro({"train": {**tree, "async_checkpoints": switch}}), tmp_path / name, 2)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for here in sorted((tmp_path / "step" / "checkpoints").iterdir()):
+        there = tmp_path / "background" / "checkpoints" / here.name
+        files = sorted(str(f.relative_to(here)) for f in here.rglob("*.safetensors"))
+        assert files == sorted(str(f.relative_to(there)) for f in there.rglob("*.safetensors"))
+        assert len(files) == (3 if sharding == "none" else 6)
+        for name in files:  # not bytes: safetensors writes several metadata entries in any order
+            (a, places_a), (b, places_b) = (shard_of(folder / name) for folder in (here, there))
+            assert places_a == places_b
+            assert a.keys() == b.keys()
+            assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+        load_checkpoint(there)
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_write_its_shards_in_the_background_costs_all_the_checkpoint_and_none_the_run(
+    tmp_path, micro
+):
+    """Process 1 refuses to write while the second checkpoint is in flight; both count the failure and go on."""
+    breaker = tmp_path / "sitecustomize.py"
+    breaker.write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import torch.distributed.checkpoint as dcp\n"
+        "    class Refusing(dcp.HuggingFaceStorageWriter):\n"
+        "        def write_data(self, plan, planner):\n"
+        "            if '/.tmp-000000000016-' in str(self.path):\n"
+        "                raise OSError(28, 'No space left on device')\n"
+        "            return super().write_data(plan, planner)\n"
+        "    dcp.HuggingFaceStorageWriter = Refusing\n"
+    )
+    tree = {"num_processes": 2, "sharding": "fsdp2", "checkpoint_every": 8, "keep_checkpoints": 9, "timeout": 60}
+    config = micro({"train": {**tree, "async_checkpoints": True}})
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config))
+    places = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command(path, tmp_path / "run", 2), capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": places},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "No space left" in done.stdout
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [f"{n:012d}" for n in (8, 24, 32, 40, 48)]
+    for name in kept:
+        load_checkpoint(tmp_path / "run" / "checkpoints" / name)
