@@ -82,6 +82,11 @@ def ask_to_stop(running: Mapping[str, Any]) -> None:
         process.send_signal(signal.SIGINT)
 
 
+def describe_exit(code: int) -> str:
+    """Say how a process ended."""
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
 def visible_devices() -> list[str]:
     """Return the GPUs that this process may see, as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -30,6 +30,7 @@ from mmdit.config import (
 )
 from mmdit_eval import executor
 from mmdit_eval.book import Book, cell_name, check_book
+from mmdit_eval.judging import judge
 
 Say = Callable[[str], None]
 
@@ -80,7 +81,7 @@ def run_study(
     book = Book(study_dir, study, {row: plan.describe(row) for row in plan.cells}, command)
     with interruptible():
         train_cells(book, study, plan.cells, study_dir, say)
-        judge(book, study, plan.cells, study_dir, say)
+        judge(book, study, plan.cells, study_dir, say, run_commands)
     report = write_reports(study_dir, say)
     failed = [name for name, cell in book.cells.items() if cell["status"] == "failed"]
     for name in failed:
@@ -134,7 +135,7 @@ def train_cells(book: Book, study: StudyConfig, cells: Cells, study_dir: Path, s
         if code in (0, executor.EXIT_INTERRUPTED):
             book.mark(name, "interrupted" if code else "trained")
             return
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = executor.describe_exit(code)
         hint = f"; if {study_dir / name} holds another run, remove it or rename the study (--name)" if code == 2 else ""
         again = shlex.join(commands[name])
         book.mark(name, "failed", f"training ended with {how}; see above, or run: {again}{hint}")
@@ -223,44 +224,3 @@ def interruptible() -> Iterator[None]:
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
-
-
-def judge(book: Book, study: StudyConfig, cells: Cells, study_dir: Path, say: Say) -> None:
-    """Evaluate every trained cell and the ceiling; results that are there with the same stamp are kept.
-
-    A row that shares another's networks is judged on those with its own sampling, in a folder of its own.
-    """
-    from mmdit.checkpoint import CheckpointError, find_checkpoint
-    from mmdit_eval.attention import write_attention
-    from mmdit_eval.suite import evaluate_ceiling, evaluate_run, evaluate_snapshots, load_references
-
-    shared: dict[str, Any] = {}  # rows of equal data look at the same true pictures
-    for name, cell in book.cells.items():
-        source = book.trained_as(name)
-        if book.cells[source]["status"] not in ("trained", "done"):
-            if source != name:
-                book.mark(name, "failed" if book.cells[source]["status"] == "failed" else "waiting", f"needs {source}")
-            continue
-        config = cells[cell["row"]][cell["seed"]]
-        key = config.data.model_dump_json()
-        try:
-            if key not in shared:
-                say(f"\njudging: {study.suite.num_images} pictures a split, and the ceiling")
-                shared[key] = load_references(config, study.suite)
-                number = "" if len(shared) == 1 else f"-{len(shared)}"
-                evaluate_ceiling(config, study.suite, study_dir / f"ceiling{number}.json", references=shared[key])
-            if source == name:
-                evaluate_snapshots(study_dir / name, study.suite, references=shared[key], say=say)
-                evaluate_run(study_dir / name, study.suite, references=shared[key], say=say)
-                if study.attention is not None and cell["seed"] == study.seeds[0]:
-                    checkpoint, split = find_checkpoint(study_dir / name), next(iter(shared[key].values()))
-                    write_attention(checkpoint, split, study.attention, study_dir / name / "attention.json")
-            else:
-                suite = study.suite.model_copy(update={"sampling": config.sampling})
-                out = study_dir / name
-                evaluate_run(study_dir / source, suite, references=shared[key], out=out, name=config.name, say=say)
-        except (CheckpointError, FileNotFoundError, ValueError, RuntimeError) as error:
-            book.mark(name, "failed", f"evaluation: {error}")
-            say(f"{name}: evaluation failed: {error}")
-        else:
-            book.mark(name, "done")
