@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -79,8 +81,13 @@ def statuses(folder):
     return {name: cell["status"] for name, cell in json.loads((folder / "study.json").read_text())["cells"].items()}
 
 
-def test_two_processes_judge_as_one_does(study_file, tmp_path, monkeypatch):
-    instead(monkeypatch, None)
+def in_process(study_dir, cells):
+    return judging.main([study_dir, *cells])
+
+
+@pytest.mark.parametrize("judge", [in_process, pytest.param(None, id="real", marks=pytest.mark.slow)])
+def test_two_processes_judge_as_one_does(study_file, tmp_path, monkeypatch, judge):
+    instead(monkeypatch, judge)
     assert run_study(study_file, ["--seeds", "[0]"], out=tmp_path / "alone", say=silent) == 0
     assert run_study(study_file, ["--seeds", "[0]", "--workers", "2"], out=tmp_path / "apart", say=silent) == 0
     alone, apart = results(tmp_path / "alone/mini"), results(tmp_path / "apart/mini")
@@ -97,7 +104,7 @@ def test_what_fails_in_a_process_is_told_with_its_reason_and_judged_again(study_
     def judge(study_dir, cells):
         for checkpoint in (folder / "other-s1/checkpoints").glob("*/ema.safetensors"):
             checkpoint.write_bytes(b"")
-        return -signal.SIGKILL if "plain-s1" in cells else judging.main([study_dir, *cells])
+        return -signal.SIGKILL if "plain-s1" in cells else in_process(study_dir, cells)
 
     instead(monkeypatch, judge)
     assert run_study(study_file, ["--workers", "6"], out=tmp_path / "runs", say=said.append) == 1
@@ -115,6 +122,13 @@ def test_a_stop_while_judging_asks_the_processes_and_goes_on_later(study_file, t
     with pytest.raises(StudyInterrupted, match="while judging"):
         run_study(study_file, ["--workers", "2"], out=tmp_path / "runs", say=silent)
     assert set(statuses(tmp_path / "runs/mini").values()) == {"trained", "waiting"}
-    instead(monkeypatch, lambda study_dir, cells: judging.main([study_dir, *cells]))
+    instead(monkeypatch, in_process)
     assert run_study(study_file, ["--workers", "2"], out=tmp_path / "runs", say=silent) == 0
     assert set(statuses(tmp_path / "runs/mini").values()) == {"done"}
+
+
+def test_a_folder_that_holds_no_study_is_exit_code_2_in_words(tmp_path):
+    command = [sys.executable, "-m", "mmdit_eval.judging", str(tmp_path), "plain-s0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "study.json is missing" in done.stderr
