@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 from scipy.linalg.blas import dsyrk
+from scipy.linalg.lapack import dpotrf
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
+_CACHED = 128  # rows and columns of a block for which a transposed read costs nothing
 _SMALLEST_BLOCK = 1_000  # rows folded in at once: large enough for the matrix product to dominate
 
 
@@ -123,9 +125,15 @@ class Moments:
         whole = self._whole()
         if whole.count is not None and whole.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {whole.count}")
-        full = whole._scatter + whole._scatter.T
-        np.fill_diagonal(full, np.diag(full) / 2)
-        return full if whole.count is None else full / (whole.count - 1)
+        full = whole._scatter.copy(order="F")
+        if whole.count is not None:
+            full /= whole.count - 1
+        for rows, columns in _blocks(len(full)):
+            if rows.start < columns.start:
+                full[columns, rows] = full[rows, columns].T
+            elif rows == columns:
+                full[rows, rows] = np.triu(full[rows, rows]) + np.triu(full[rows, rows], 1).T
+        return full
 
     @property
     def _block(self) -> int:
@@ -260,6 +268,48 @@ def check_pair(a: Any, b: Any) -> tuple[FloatArray, FloatArray]:
     return a, b
 
 
+def asymmetry(matrix: FloatArray) -> float:
+    """Return the largest difference of a square matrix from its transpose, without a copy of it."""
+    differences = (np.abs(matrix[i, j] - matrix[j, i].T).max() for i, j in _blocks(len(matrix)) if i.start <= j.start)
+    return float(max(differences, default=0.0))
+
+
+def symmetrical(matrix: FloatArray) -> FloatArray:
+    """Return the mean of a matrix and its transpose; the matrix itself where both are equal."""
+    return matrix if asymmetry(matrix) == 0.0 else (matrix + matrix.T) / 2
+
+
+def check_positive(covariance: FloatArray, name: str) -> None:
+    """Refuse a matrix with eigenvalues below zero, by more than round-off among its correlations.
+
+    Raises:
+        ValueError: naming it and the eigenvalue.
+    """
+    if dpotrf(covariance.T, lower=0, clean=0)[1]:
+        alive = np.diag(covariance) > 0
+        scale = np.sqrt(np.diag(covariance)[alive])
+        if scale.size:
+            check_eigenvalues(np.linalg.eigvalsh(covariance[np.ix_(alive, alive)] / np.outer(scale, scale)), name)
+
+
+def check_eigenvalues(values: FloatArray, name: str) -> None:
+    """Refuse eigenvalues of correlations, rising, that are below zero by more than round-off.
+
+    Raises:
+        ValueError: naming whose they are.
+    """
+    if values[0] < -1e-6 * values[-1]:
+        raise ValueError(
+            f"{name} has the negative eigenvalue {values[0]:.3g} (of its correlations); it is no covariance"
+        )
+
+
+def _blocks(size: int) -> list[tuple[slice, slice]]:
+    """Return rows and columns of blocks that a cache holds, of a square matrix."""
+    parts = [slice(start, min(start + _CACHED, size)) for start in range(0, size, _CACHED)]
+    return [(rows, columns) for rows in parts for columns in parts]
+
+
 def _finite_rows(features: Any, name: str) -> FloatArray:
     if hasattr(features, "detach"):
         features = features.detach().cpu().double().numpy()
@@ -284,9 +334,11 @@ def _check_statistics(path: Path, mean: Any, covariance: Any) -> tuple[FloatArra
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError(f"{path}: mu or sigma holds a value that is not finite")
     scale = np.abs(np.diag(covariance)).max(initial=0.0)
-    if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-5 * scale or np.diag(covariance).min(initial=0.0) < 0:
+    if asymmetry(covariance) > 1e-5 * scale or np.diag(covariance).min(initial=0.0) < 0:
         raise ValueError(f"{path}: sigma is no covariance: it is not symmetric or has a negative variance")
-    return mean, (covariance + covariance.T) / 2
+    covariance = symmetrical(covariance)
+    check_positive(covariance, f"{path}: sigma")
+    return mean, covariance
 
 
 def _check_extractor(path: Path, stored: Any, expected: Mapping[str, str] | None) -> None:

@@ -105,8 +105,11 @@ def evaluate_images(
 
     extractor = load_extractor(options.extractor, weights=options.weights, precision=options.precision)
     clip = _clip_of(options, extractor, of_captions[0]) if of_captions else None
+    if not isinstance(other, ImageSet):  # a file that cannot be used is refused before the networks run
+        reference, stated = _reference(other, extractor, options, share)
     found = features_of(judged, extractor, options, share)
-    reference, stated = _reference(other, extractor, options, share)
+    if isinstance(other, ImageSet):
+        reference, stated = _reference(other, extractor, options, share)
     trained = None
     if train is not None and "memorisation" in metrics:
         trained, stated["train"] = _reference(_open(train, options, options.against_sizes), extractor, options, share)

@@ -4,7 +4,7 @@ import mpmath
 import numpy as np
 import pytest
 import scipy.linalg
-from mmdit_eval import frechet_distance
+from mmdit_eval import frechet_distance, singular_values
 from mmdit_eval.frechet import frechet_from_statistics, frechet_influence, statistics
 
 
@@ -120,24 +120,60 @@ def test_it_is_right_to_twelve_digits_at_condition_1e12(spectrum, other, turned)
     assert frechet_from_statistics(zero, b, zero, a) == pytest.approx(expected, rel=1e-12, abs=1e-13)
 
 
-def test_the_fast_sum_is_taken_where_it_is_right_and_only_there(monkeypatch):
-    from mmdit_eval import frechet as module
+def refuse_svd(monkeypatch):
+    def refused(*_, **__):
+        raise AssertionError("singular values were taken where eigenvalues would do")
 
-    taken = []
-    whole = module._sum_of_roots
-    monkeypatch.setattr(module, "_sum_of_roots", lambda *given: taken.append(whole(*given)) or taken[-1])
-    d = 300
-    x, y = draw(2_000, d, 0), draw(2_000, d, 1)
-    found = frechet_distance(x, y)
-    assert taken[-1] is not None
-    monkeypatch.setattr(module, "_WIDE", d + 1)
-    assert found == pytest.approx(frechet_distance(x, y), rel=1e-12)  # the singular values
-    monkeypatch.setattr(module, "_WIDE", d)
-    q, p = (np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0] for seed in (0, 1))
-    values = np.append(np.ones(d - 1), 1e-12)
-    a, b = ((m * values) @ m.T for m in (q, p))
-    frechet_from_statistics(np.zeros(d), a, np.zeros(d), b)
-    assert taken[-1] is None
+    monkeypatch.setattr(np.linalg, "svd", refused)
+
+
+def by_centred_features(a, b):
+    """Orthogonal factors of the features, singular values of their product: slow, and right at every rank."""
+    centred = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b)]
+    root = scipy.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + sum((x**2).sum() for x in centred) - 2 * root
+
+
+def test_full_rank_takes_one_reduction_and_no_singular_values(monkeypatch):
+    x, y = draw(600, 300, 0), draw(600, 300, 1)
+    expected = by_centred_features(x, y)
+    refuse_svd(monkeypatch)
+    monkeypatch.setattr(singular_values, "_graded", None)
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("n", "m"), [(290, 290), (340, 270), (270, 900)])
+def test_decaying_spectra_below_one_sample_a_feature_keep_every_digit_by_eigenvalues(n, m, power, monkeypatch):
+    """Singular values from 1 to 1e-13; the product with its own transpose loses half of the digits."""
+    d, random = 360, np.random.default_rng(0)
+    turn = np.linalg.qr(random.normal(size=(d, d)))[0]
+    a, b = ((random.normal(size=(k, d)) * np.arange(1, d + 1.0) ** -power) @ turn + 0.4 for k in (n, m))
+    if power == 1.0:  # small samples first: R must fall all the same
+        a = a[np.argsort(((a - a.mean(0)) ** 2).sum(1))]
+    expected = by_centred_features(a, b)
+    if m < d:
+        refuse_svd(monkeypatch)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-12)
+
+
+def test_where_eigenvalues_cannot_be_trusted_singular_values_are_taken():
+    """A sample that stands in the set twice makes the product singular, and no determinant vouches for anything."""
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(300, 400)), random.normal(size=(300, 400)) * 1.1
+    a[150:] = a[:150]
+    assert frechet_distance(a, b) == pytest.approx(by_centred_features(a, b), rel=1e-12)
+
+
+def test_a_sum_is_trusted_only_if_the_product_of_the_eigenvalues_is_the_determinant():
+    values = np.logspace(-12, 0, 300)
+    known = float(np.log(values).sum())
+    assert singular_values.trusted(values, known, 1e-10) == pytest.approx(np.sqrt(values))
+    moved = values + np.r_[1e-14, np.zeros(299)]  # 1 % of the smallest: 5e-9 of its root
+    assert singular_values.trusted(moved, known, 1e-10) is None
+    assert singular_values.trusted(moved, known, 1e-6) is not None
+    assert singular_values.trusted(values - 2e-12, known, 1.0) is None
 
 
 @pytest.mark.slow
@@ -170,6 +206,20 @@ def test_influence_is_the_derivative_with_respect_to_each_samples_weight(n, m, d
             assert influence[i] == pytest.approx(slope, rel=2e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize(("n", "m", "d"), [(700, 650, 280), (280, 300, 320), (300, 700, 320)])
+def test_influence_by_eigenvectors_equals_that_by_singular_vectors(n, m, d, monkeypatch):
+    random = np.random.default_rng(0)
+    turn = np.linalg.qr(random.normal(size=(d, d)))[0]
+    a, b = ((random.normal(size=(k, d)) * np.arange(1, d + 1.0) ** -1.0) @ turn + 0.2 * i for i, k in enumerate((n, m)))
+    assert d >= singular_values._WIDE
+    found = frechet_influence(a, b)
+    monkeypatch.setattr(singular_values, "_WIDE", d + 1)
+    expected = frechet_influence(a, b)
+    assert found[0] == pytest.approx(expected[0], rel=1e-11)
+    for x, y in zip(found[1:], expected[1:], strict=True):
+        assert x == pytest.approx(y, abs=1e-7 * np.abs(y).max())
+
+
 def _reweighted(x, y, i, step):
     """The distance when sample i of x gets the weight 1/n + step, the others shrinking alike."""
     n, m = len(x), len(y)
@@ -200,8 +250,10 @@ def test_unusable_features_are_refused_in_words():
         frechet_distance(a, broken)
     with pytest.raises(ValueError, match=r"\[N, d\]"):
         frechet_distance(a[0], a)
-    with pytest.raises(ValueError, match="negative eigenvalue"):
+    with pytest.raises(ValueError, match=r"negative variance -0\.5"):
         frechet_from_statistics(np.zeros(2), np.diag([1.0, -0.5]), np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="negative eigenvalue -1"):
+        frechet_from_statistics(np.zeros(2), [[1.0, 2.0], [2.0, 1.0]], np.zeros(2), np.eye(2))
     with pytest.raises(ValueError, match="cov_b is no covariance: it is not symmetric"):
         frechet_from_statistics(np.zeros(2), np.eye(2), np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]))
 

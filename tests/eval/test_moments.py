@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from mmdit_eval import frechet_distance
-from mmdit_eval.moments import Moments
+from mmdit_eval.moments import Moments, asymmetry, symmetrical
 
 OURS = {"name": "tiny_clip", "hash": "abc", "resize": "bicubic"}
 
@@ -157,6 +157,38 @@ def test_files_that_are_no_statistics_are_refused_in_words(tmp_path):
     np.savez(file, mu=np.array([{}], dtype=object), sigma=np.eye(1))  # a pickle is not opened
     with pytest.raises(ValueError, match=r"no readable \.npz"):
         Moments.load(file)
+
+
+def test_a_files_covariance_with_a_negative_eigenvalue_is_refused_by_its_name(tmp_path):
+    path = tmp_path / "broken.npz"
+    sigma = np.eye(4)
+    sigma[0, 1] = sigma[1, 0] = 2.0
+    np.savez(path, mu=np.zeros(4), sigma=sigma)
+    with pytest.raises(ValueError, match=r"broken\.npz: sigma has the negative eigenvalue -1"):
+        Moments.load(path)
+    sigma[0, 1] = sigma[1, 0] = 1.0  # a duplicated feature is a covariance
+    np.savez(path, mu=np.zeros(4), sigma=sigma, count=9)
+    assert Moments.load(path).covariance == pytest.approx(sigma)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 300])
+def test_asymmetry_is_found_wherever_it_stands(size):
+    matrix = np.random.default_rng(0).normal(size=(size, size))
+    matrix = matrix + matrix.T
+    assert asymmetry(matrix) == 0
+    assert symmetrical(matrix) is matrix
+    if size > 1:
+        matrix[size - 1, 0] += 0.5
+        assert asymmetry(matrix) == pytest.approx(0.5)
+        assert asymmetry(symmetrical(matrix)) == 0
+
+
+@pytest.mark.parametrize("d", [1, 130, 257])
+def test_the_covariance_is_symmetrical_to_the_last_bit_at_every_width(d):
+    x = np.random.default_rng(0).normal(size=(300, d))
+    covariance = Moments.of(x).covariance
+    assert np.array_equal(covariance, covariance.T)
+    assert covariance == pytest.approx(np.atleast_2d(np.cov(x, rowvar=False)), rel=1e-12, abs=1e-14)
 
 
 def test_unusable_batches_are_refused_in_words():
