@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -131,10 +132,14 @@ def load_checkpoint(path: str | Path, stems: Iterable[str] | None = None, *, ver
     if missing:
         raise CheckpointError(path, f"holds no {', '.join(missing)}", f"It holds {', '.join(present)}")
     try:
-        tensors = {stem: _read_stem(path, stem) for stem in wanted}
+        tensors = {stem: _read_stem(path, stem, tensor_files) for stem in wanted}
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} holds a {type(state).__name__}, not a table")
         config = resolve(yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")), source=str(path / CONFIG))
-    except (OSError, SafetensorError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (
+        OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError, yaml.YAMLError
+    ) as error:  # fmt: skip
         hint = (
             "It was written by another version of this project; use that one"
             if isinstance(error, ConfigError)
@@ -149,14 +154,13 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return load_checkpoint(path, stems=()).state
 
 
-def _read_stem(path: Path, stem: str) -> dict[str, Tensor]:
-    """Read the tensors of one stem: a file, or the shards of a folder put together."""
-    folder = path / stem
-    if not folder.is_dir():
+def _read_stem(path: Path, stem: str, files: Sequence[str]) -> dict[str, Tensor]:
+    """Read the tensors of one stem, from those files alone that the manifest lists: one, or shards put together."""
+    if f"{stem}.safetensors" in files:
         return load_file(path / f"{stem}.safetensors")
     pieces: dict[str, list[tuple[list[int], Tensor]]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as reader:
+    for file in sorted(name for name in files if name.startswith(f"{stem}/")):
+        with safe_open(path / file, framework="pt") as reader:
             places = json.loads((reader.metadata() or {})["DCP_SHARDING_INFO"])
             for name in reader.keys():  # noqa: SIM118 (no mapping)
                 pieces.setdefault(name, []).append((places[name]["saved_offsets"], reader.get_tensor(name)))
@@ -169,14 +173,18 @@ def _join(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
     Raises:
         ValueError: they do not.
     """
-    if len(parts) == 1 and not any(parts[0][0]):
-        return parts[0][1]
+    for offsets, piece in parts:
+        if len(offsets) != piece.ndim or not all(type(offset) is int and offset >= 0 for offset in offsets):
+            raise ValueError(f"a shard of shape {list(piece.shape)} is said to lie at {offsets}")
     shape = [max(start + size for start, size in zip(*axis, strict=True)) for axis in _axes(parts)]
+    held = sum(piece.numel() for _, piece in parts)
+    if held != math.prod(shape):
+        raise ValueError(f"the shards of a tensor hold {held} of {math.prod(shape)} numbers")
+    if len(parts) == 1:
+        return parts[0][1]
     whole = parts[0][1].new_empty(shape)
     for offsets, piece in parts:
         whole[tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))] = piece
-    if sum(piece.numel() for _, piece in parts) != whole.numel():
-        raise ValueError(f"the shards of a tensor hold {sum(p.numel() for _, p in parts)} of {whole.numel()} numbers")
     return whole
 
 
@@ -210,7 +218,9 @@ def verify_checkpoint(path: str | Path, only: Callable[[str], bool] = lambda nam
         # our own spelling, byte for byte: so an edit that JSON would forgive (a duplicate key) shows as well
         if manifest_text(files) != text:
             raise ValueError("it is not as it was written")
-        entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+        entries = {str(name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
+        if not all(type(size) is int and isinstance(digest, str) for size, digest in entries.values()):
+            raise ValueError("a size or a hash is none")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(path, f"has a damaged {MANIFEST} ({error})", _HINT) from error
     for name, (size, digest) in entries.items():
@@ -224,7 +234,21 @@ def verify_checkpoint(path: str | Path, only: Callable[[str], bool] = lambda nam
     for name in (STATE, CONFIG):
         if name not in entries:
             raise CheckpointError(path, f"lacks its file {name!r}", _HINT)
+    stranger = _stranger(path, entries)
+    if stranger is not None:
+        raise CheckpointError(path, f"holds {stranger!r}, which was not written with it", "Move it elsewhere")
     return list(entries)
+
+
+def _stranger(path: Path, listed: Iterable[str]) -> str | None:
+    """Return a file of tensors, or a folder, that no manifest speaks of: readers of shards take all that they find."""
+    files = set(listed)
+    folders = {name.partition("/")[0] for name in files if "/" in name}
+    for entry in path.rglob("*"):
+        name = entry.relative_to(path).as_posix()
+        if (entry.is_dir() and name not in folders) or (entry.suffix == ".safetensors" and name not in files):
+            return name
+    return None
 
 
 def weights_stem(weights: str) -> str:

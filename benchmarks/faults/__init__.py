@@ -47,6 +47,7 @@ FAULTS: dict[str, Fault] = {
     "F3": Fault(
         "checkpoints mutated: truncated, flipped, zeroed, swapped, deleted",
         "1,000 mutations: none loads silently, one CheckpointError each, < 1 s, falls back to the step before",
+        "checkpoint_mutations",
     ),
     "F4": Fault(
         "hostile files in every loader: pickles, header bombs, zip bombs, links",
@@ -86,6 +87,7 @@ FAULTS: dict[str, Fault] = {
     "F12": Fault(
         "config fields misspelt by one edit, of a wrong type, out of range",
         "all rejected (or coerced as listed) in < 1 s with exit code 2, 95 % suggest the right key",
+        "config_edits",
     ),
     "F13": Fault(
         "disk full, no permission, input/output error at each write",

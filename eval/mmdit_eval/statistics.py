@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
-import scipy.stats
 
 from mmdit import rng
 
@@ -85,7 +84,7 @@ def wilson_interval(hits: Any, *, level: float = LEVEL) -> Estimate:
     if hits.ndim != 1 or not len(hits):
         raise ValueError(f"a share needs a list of at least one True or False, got shape {list(hits.shape)}")
     n, share = len(hits), float(np.mean(hits.astype(bool)))
-    z = float(scipy.stats.norm.ppf((1 + level) / 2))
+    z = float(_distributions().norm.ppf((1 + level) / 2))
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low = 0.0 if share == 0 else centre - half
@@ -111,7 +110,7 @@ def jackknife_interval(
     left_out = np.arange(n) % groups
     replicates = np.array([statistic(np.flatnonzero(left_out != g)) for g in range(groups)])
     error = math.sqrt((groups - 1) / groups * float(((replicates - replicates.mean()) ** 2).sum()))
-    half = float(scipy.stats.t.ppf((1 + level) / 2, groups - 1)) * error
+    half = float(_distributions().t.ppf((1 + level) / 2, groups - 1)) * error
     return Estimate(value=value, low=value - half, high=value + half, n=n, method=f"jackknife ({groups} groups)")
 
 
@@ -136,7 +135,7 @@ def seed_interval(values: Sequence[float], *, level: float = LEVEL) -> Estimate:
     mean = float(array.mean())
     if n < 2:
         return Estimate(value=mean, low=None, high=None, n=n, method="one seed: no spread")
-    half = float(scipy.stats.t.ppf((1 + level) / 2, n - 1) * array.std(ddof=1) / math.sqrt(n))
+    half = float(_distributions().t.ppf((1 + level) / 2, n - 1) * array.std(ddof=1) / math.sqrt(n))
     return Estimate(value=mean, low=mean - half, high=mean + half, n=n, method="t over seeds")
 
 
@@ -147,3 +146,10 @@ def _finite(values: Any) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(f"{int((~np.isfinite(array)).sum())} of {len(array)} values are not finite")
     return array
+
+
+def _distributions() -> Any:
+    """Return scipy's; importing them takes half a second, which the answer to a typo should not wait for."""
+    import scipy.stats
+
+    return scipy.stats

@@ -46,7 +46,7 @@ def _describe(cls: type[Config], tree: Any, problem: Mapping[str, Any]) -> str:
         hint = (
             f"; did you mean {'.'.join([*map(str, keys[:-1]), guess]) if guess in fields else guess!r}?"
             if guess
-            else ""
+            else "."
         )
         return f"{path}: unknown field{hint} Valid here: {', '.join(fields)}"
     if kind in ("literal_error", "union_tag_invalid"):
@@ -57,6 +57,8 @@ def _describe(cls: type[Config], tree: Any, problem: Mapping[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: {message}"
+    if kind == "switch":
+        return f"{'.'.join(map(str, keys))}{'.' if keys else ''}{message}"
     return f"{path}: {message}, got {problem['input']!r}"
 
 
@@ -84,12 +86,17 @@ def _members(annotation: Any) -> list[type[Config]]:
 def _fields_at(cls: type[Config], tree: Any, keys: Iterable[Any]) -> list[str]:
     """The valid field names of the class that stands at a path of the tree."""
     here, node = cls, tree
-    for key in keys:
+    queue = list(keys)
+    while queue:
+        key = queue.pop(0)
         field = here.model_fields.get(str(key))
         members = _members(field.annotation) if field is not None else []
-        if not members:
+        if field is None or not members:
             return []
         node = node.get(key, {}) if isinstance(node, Mapping) else {}
+        if get_origin(field.annotation) is dict:  # the next key is a name that the user has chosen
+            named_by_user = queue.pop(0) if queue else None
+            node = node.get(named_by_user, {}) if isinstance(node, Mapping) else {}
         name = node.get("name") if isinstance(node, Mapping) else None
         named = [m for m in members if "name" in m.model_fields and m.model_fields["name"].default == name]
         here = named[0] if named else members[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -16,14 +16,38 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Config(BaseModel):
-    """Frozen, and no unknown fields."""
+    """Frozen, no unknown fields, no NaN or infinity, and no switch where a number is wanted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, tree: Any) -> Any:
+        """YAML reads a bare no as False, which Python would take for 0: `guidance_scale: no` is not a scale of 0."""
+        for name, value in tree.items() if isinstance(tree, dict) else ():
+            field = cls.model_fields.get(str(name))
+            switches = [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, bool)]
+            if field is not None and switches and not _takes_switches(field.annotation):
+                raise PydanticCustomError(
+                    "switch",
+                    "{field}: got {value}, but this is no switch; YAML reads a bare no, off, yes or on as False or "
+                    "True: write the number (0 where that switches something off), or put a word into quotes",
+                    {"field": str(name), "value": str(switches[0])},
+                )
+        return tree
+
+
+def _takes_switches(annotation: Any) -> bool:
+    """Say whether False and True are values of an annotation; what is in a dictionary is looked at elsewhere."""
+    if annotation in (bool, Any):
+        return True
+    return any(_takes_switches(part) for part in get_args(annotation))
 
 
 # --- diffusion --------------------------------------------------------------------------------------------------

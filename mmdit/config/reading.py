@@ -95,7 +95,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     A preset that the new variant has too stays: `--model.name unet` on the tiny MMDiT is the tiny U-Net.
     """
     if "name" in over and "name" in base and over["name"] != base["name"] and not _is_run(base):
-        shared = {"preset": base["preset"]} if base.get("preset") in PRESETS.get(str(over["name"]), {}) else {}
+        shared = {"preset": base["preset"]} if str(base.get("preset")) in PRESETS.get(str(over["name"]), {}) else {}
         return {**shared, **over}
     result = dict(base)
     if "preset" in over and over["preset"] != base.get("preset"):
@@ -231,12 +231,12 @@ class _ModelHolder(Config):
 
 def _expand_preset(model: dict[str, Any], source: str) -> dict[str, Any]:
     name = model.setdefault("name", "mmdit")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"{source}: model.name: {unknown('backbone', str(name), PRESETS)}")
     preset = model.get("preset")
     if preset is None:
         return model
-    if preset not in PRESETS[name]:
+    if not isinstance(preset, str) or preset not in PRESETS[name]:
         raise ConfigError(f"{source}: model.preset: {unknown(f'preset of {name}', str(preset), PRESETS[name])}")
     return {**PRESETS[name][preset], **model}
 

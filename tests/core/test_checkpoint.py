@@ -114,6 +114,18 @@ def test_swapped_files_and_a_manifest_pointing_elsewhere_do_not_load(tmp_path):
         load_checkpoint(other)
 
 
+@pytest.mark.parametrize("place", ["model/shard-00001-model-00001-of-00001.safetensors", "more.safetensors"])
+def test_tensors_that_no_manifest_speaks_of_are_never_read(tmp_path, place):
+    """Readers of shards take every file of a folder: one that was put there later would be loaded with the others."""
+    save(tmp_path, 8)
+    path = save(tmp_path, 16)
+    (path / place).parent.mkdir(exist_ok=True)
+    shutil.copy(path / "ema.safetensors", path / place)
+    with pytest.raises(CheckpointError, match="was not written with it"):
+        load_checkpoint(path)
+    assert latest_checkpoint(tmp_path).name == "000000000008"
+
+
 def test_a_symbolic_link_in_place_of_a_file_does_not_load(tmp_path):
     path = save(tmp_path, 8)
     (path / "ema.safetensors").rename(tmp_path / "elsewhere")

@@ -116,31 +116,39 @@ def test_what_is_no_mapping_of_unique_keys_is_refused(tmp_path, text):
         load_config(path)
 
 
-def test_every_field_with_one_letter_changed_is_refused_and_mostly_recognised():
-    """F12 of the fault table in small: rename each leaf of the resolved config by one edit."""
-    tree = to_tree(load_config(None, {"model": {"name": "mmdit", "preset": "tiny"}}))
-    tried = hinted = 0
+@pytest.mark.parametrize("word", ["no", "yes", "off", "true"])
+@pytest.mark.parametrize("field", ["sampling.guidance_scale", "train.lr", "train.log_every", "train.betas", "seed"])
+def test_a_switch_is_no_number(field, word):
+    """YAML reads `guidance_scale: no` as False, which Python would take for a scale of 0: no prompt at all."""
+    value = f"[{word}, 0.9]" if field == "train.betas" else word
+    with pytest.raises(ConfigError, match=rf"{field}: got (False|True), but this is no switch"):
+        load_config(None, [f"--{field}", value])
+    assert load_config(None, ["--train.compile", word]).train.compile is (word in ("yes", "true"))
 
-    def leaves(node, path=()):
-        for key, value in node.items():
-            yield (*path, key)
-            if isinstance(value, dict):
-                yield from leaves(value, (*path, key))
 
-    for path in leaves(tree):
-        if path[-1] == "name":
-            continue
-        name = path[-1]
-        wrong = name + name[-1] if len(name) < 4 else name[:-2] + name[-1]
-        override = {wrong: 1}
-        for key in reversed(path[:-1]):
-            override = {key: override}
-        with pytest.raises(ConfigError) as caught:
-            load_config(None, merge(tree, override))
-        tried += 1
-        hinted += name in str(caught.value).split("Valid here")[0].replace(wrong, "")
-    assert tried > 60
-    assert hinted / tried >= 0.95
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize("field", ["train.lr", "diffusion.density.mean", "encoders.latent_shift"])
+def test_only_finite_numbers_are_numbers(field, value):
+    with pytest.raises(ConfigError, match=rf"{field}\S*: Input should be"):
+        load_config(None, [f"--{field}={value}"])
+
+
+@pytest.mark.parametrize(
+    "field", ["model.name", "model.preset", "encoders.vae", "data.name", "diffusion.schedule.name"]
+)
+@pytest.mark.parametrize("value", ["[1, [2]]", "{a: 1}", "3", "null"])
+def test_a_choice_that_is_no_word_is_a_config_error(field, value):
+    if (field, value) == ("model.preset", "null"):
+        return  # no preset: the fields' own defaults
+    with pytest.raises(ConfigError, match=field.partition(".")[0]):
+        load_config(None, [f"--{field}", value])
+
+
+def test_a_field_below_a_name_of_the_users_own_is_recognised():
+    with pytest.raises(
+        ConfigError, match=r"did you mean 'train\.more_emas\.long\.decay'\? Valid here: decay, sigma_rel"
+    ):
+        load_config(None, {"train": {"more_emas": {"long": {"dcay": 0.9}}}})
 
 
 def test_a_row_that_changes_more_than_the_study_varies_is_refused(tmp_path):
@@ -180,6 +188,6 @@ def test_another_data_set_drops_the_fields_of_the_default_one():
 
 
 def test_a_field_of_another_variant_is_not_answered_with_itself():
-    with pytest.raises(ConfigError, match=r"data\.num_images: unknown field Valid here") as caught:
+    with pytest.raises(ConfigError, match=r"data\.num_images: unknown field\. Valid here") as caught:
         load_config(None, {"data": {"name": "images", "source": "x", "num_images": 3}})
     assert "did you mean 'data.num_images'" not in str(caught.value)
