@@ -336,6 +336,61 @@ def prune_checkpoints(run_dir: str | Path, keep: int, kept: Callable[[int], bool
             shutil.rmtree(path, ignore_errors=True)
 
 
+def thin_checkpoint(path: str | Path, stems: Sequence[str]) -> int:
+    """Leave a checkpoint nothing but some of its weights; return how many bytes that freed.
+
+    It is written anew beside its place, as any checkpoint is, so it is whole at every moment. Sampling and evaluation
+    work from it; training cannot go on from it, which `state["weights_only"]` says.
+
+    Args:
+        path: folder of one checkpoint.
+        stems: the tensor files to keep, such as ["ema"].
+
+    Raises:
+        CheckpointError: it does not verify, holds no such weights, or cannot be written; it is left as it was.
+    """
+    path = Path(path)
+    names = verify_checkpoint(path)
+    tensor_files = [name for name in names if name.endswith(".safetensors")]
+    kept = [name for name in tensor_files if name.partition("/")[0].removesuffix(".safetensors") in stems]
+    if not kept:
+        raise CheckpointError(path, f"holds no {', '.join(stems)}", "Nothing was removed")
+    dropped = [name for name in tensor_files if name not in kept]
+    if not dropped:
+        return 0
+    freed = sum((path / name).stat().st_size for name in dropped)
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    entries = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    try:
+        for name in names:
+            if name not in dropped:
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(path / name, temporary / name)
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        (temporary / STATE).unlink()  # a link: writing into it would change the old one too
+        write_text(temporary / STATE, json.dumps({**state, "weights_only": True}, indent=1, sort_keys=True))
+        sync(temporary / STATE)
+        own = {name: entries[name] for name in names if name not in dropped}
+        write_text(temporary / MANIFEST, manifest_text({**own, STATE: fingerprint(temporary / STATE)}))
+        sync(temporary / MANIFEST)
+        sync(temporary)
+        put_in_place(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(path, f"could not be thinned ({error})", "It is as it was") from error
+    return freed
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name; where the file system knows no links, copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync(target)
+
+
 def sweep_temporaries(run_dir: str | Path) -> int:
     """Remove what an interrupted save has left; return how many. Only for the process that owns the run."""
     folder = Path(run_dir) / "checkpoints"

@@ -122,6 +122,8 @@ def train_cells(book: Book, study: StudyConfig, cells: Cells, study_dir: Path, s
             if finished(study_dir / name, config):
                 say(f"{name}: trained already")
                 book.mark(name, "trained")
+                if study.prune_finished:
+                    prune_cell(study_dir / name, study.suite.weights, say)
             else:
                 commands[name] = cell_command(name, config, study_dir)
     if study.workers > 1 and study.executor == "local" and len(commands) > 1:
@@ -134,6 +136,8 @@ def train_cells(book: Book, study: StudyConfig, cells: Cells, study_dir: Path, s
     def ended(name: str, code: int) -> None:
         if code in (0, executor.EXIT_INTERRUPTED):
             book.mark(name, "interrupted" if code else "trained")
+            if study.prune_finished and not code:
+                prune_cell(study_dir / name, study.suite.weights, say)
             return
         how = executor.describe_exit(code)
         hint = f"; if {study_dir / name} holds another run, remove it or rename the study (--name)" if code == 2 else ""
@@ -144,6 +148,20 @@ def train_cells(book: Book, study: StudyConfig, cells: Cells, study_dir: Path, s
     if not run_commands(study, commands, study_dir, begun, ended):
         saved = [name for name, cell in book.cells.items() if cell["status"] == "interrupted"]
         raise StudyInterrupted(f"interrupted; {', '.join(saved) or 'no cell'} saved its state")
+
+
+def prune_cell(run_dir: Path, weights: str, say: Say) -> None:
+    """Leave a trained cell's checkpoints only the weights that are judged; one that cannot be thinned stays whole."""
+    from mmdit.checkpoint import CheckpointError, list_checkpoints, thin_checkpoint, weights_stem
+
+    freed = 0
+    for path in list_checkpoints(run_dir):
+        try:
+            freed += thin_checkpoint(path, [weights_stem(weights)])
+        except CheckpointError as error:
+            say(f"{run_dir.name}: left as it is: {error}")
+    if freed:
+        say(f"{run_dir.name}: pruned to its weights, {freed / 1e9:.2f} GB freed")
 
 
 def run_commands(

@@ -110,6 +110,7 @@ class StudyConfig(Config):
     equal_flops: bool = False  # solve sampling.num_steps: every row draws an image with the FLOPs of the reference row
     claims: ClaimsConfig = ClaimsConfig()
     attention: AttentionConfig | None = AttentionConfig()
+    prune_finished: bool = False  # a trained cell keeps only the weights that are judged: a quarter of the disk
     overrides: dict[str, Any] = Field(default_factory=dict)  # for every row: the study's own base
     suite: SuiteConfig = SuiteConfig()
 

@@ -266,6 +266,12 @@ def open_run(config: RunConfig, run_dir: Path, resume: str, accelerator: Acceler
                 f"{run_dir} holds a run with another config: {', '.join(changed)} differ(s); resume with the same "
                 f"values, or choose another --out"
             )
+    if checkpoint is not None and checkpoint.state.get("weights_only") and not finished(checkpoint, config):
+        raise CheckpointError(
+            checkpoint.path,
+            "keeps nothing but weights (a study's prune_finished), so training cannot go on from it",
+            "Train into a new folder with --out",
+        )
     if main:
         temporary = run_dir / "config.yaml.tmp"
         temporary.write_text(to_yaml(config), encoding="utf-8")

@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there: atomic writing, verification, walking back, pruning."""
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmdit.checkpoint import (
     save_checkpoint,
     sweep_temporaries,
     tensors_of,
+    thin_checkpoint,
     verify_checkpoint,
 )
 from mmdit.config import RunConfig, load_config
@@ -60,6 +62,38 @@ def test_channels_last_tensors_are_saved_with_their_values(tmp_path):
     weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     path = save_checkpoint(tmp_path, 8, {"model": {"weight": weight}}, {}, CONFIG)
     assert torch.equal(load_checkpoint(path).tensors["model"]["weight"], weight)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_thinned_checkpoint_keeps_its_weights_alone_and_verifies(tmp_path, monkeypatch, links):
+    path = save(tmp_path, 8, 0.5)
+    size, sha = (path / "model.safetensors").stat().st_size, room.checkpoint_hash(path, "ema")
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *given: (_ for _ in ()).throw(OSError("no links here")))
+    assert thin_checkpoint(path, ["ema"]) == size
+    thinned = load_checkpoint(path)
+    assert list(thinned.tensors) == ["ema"]
+    assert torch.equal(thinned.tensors["ema"]["weight"], tensors(0.5)["ema"]["weight"])
+    assert room.checkpoint_hash(path, "ema") == sha  # results that were judged on them stay valid
+    assert thinned.state == {"step": 1, "images_seen": 8, "weights_only": True}
+    assert thin_checkpoint(path, ["ema"]) == 0
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [path.name]
+    with pytest.raises(CheckpointError, match="holds no raw"):
+        thin_checkpoint(path, ["raw"])
+
+
+def test_a_checkpoint_that_cannot_be_thinned_stays_as_it_was(tmp_path, monkeypatch):
+    path = save(tmp_path, 8)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    monkeypatch.setattr(room, "put_in_place", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(CheckpointError, match=r"could not be thinned .*No space left.*as it was"):
+        thin_checkpoint(path, ["ema"])
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [path.name]
+    damaged = path / "ema.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors has changed"):
+        thin_checkpoint(path, ["ema"])
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.json", "config.yaml", "manifest.json"])

@@ -122,6 +122,29 @@ def test_an_interrupted_cell_ends_the_study_and_the_next_call_goes_on(study_file
     assert called == ["mmdit-s0", "unet-s0"]
 
 
+def test_finished_cells_keep_their_weights_alone_where_the_study_says_so(study_file, tmp_path, monkeypatch):
+    from mmdit.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+    from mmdit.train.trainer import train
+
+    started, said = [], []
+    instead(monkeypatch, lambda command: started.append(command[3]) or in_process(command))
+    words = ["--prune_finished", "true", "--suite.metrics", "[validation_loss]"]
+    assert run_study(study_file, words, out=tmp_path / "runs", say=said.append) == 0
+    folder = tmp_path / "runs" / "mini"
+    assert sum("pruned to its weights" in text for text in said) == 2
+    for row in ("mmdit", "unet"):
+        paths = list_checkpoints(folder / f"{row}-s0")
+        assert len(paths) == 2
+        assert all(list(load_checkpoint(path).tensors) == ["ema"] for path in paths)
+        assert len(list((folder / f"{row}-s0" / "eval").glob("*.json"))) == 2  # snapshots were judged from them too
+    assert run_study(study_file, words, out=tmp_path / "runs", say=said.append) == 0
+    assert len(started) == 2  # they count as finished
+    config = load_config(folder / "mmdit-s0" / "config.yaml")
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"images": 96})})
+    with pytest.raises(CheckpointError, match="keeps nothing but weights"):
+        train(longer, folder / "mmdit-s0", progress=False)
+
+
 def test_a_dry_run_prints_the_grid_and_makes_nothing(study_file, tmp_path, capsys):
     assert run_study(study_file, out=tmp_path / "runs", dry_run=True, say=silent) == 0
     printed = capsys.readouterr().out
