@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from mmdit_eval.readme import END, START, results_block, rewrite
+from mmdit_eval.readme import END, START, found_line, results_block, rewrite, rewrite_found, stale_heads, study_block
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +35,70 @@ def test_the_table_holds_values_intervals_costs_and_the_warning(tmp_path):
     assert "| ceiling | 97.0 % | 99.0 % [94.0 – 100.0] |" in block
     assert "One seed ranks nothing" in block
     assert block.count("| mmdit |") == 2
+
+
+def claim(first, value, half, verdict, score="relation"):
+    low, high, p = value - half, value + half, 0.001 if verdict != "none" else 0.4
+    names = {"first": first, "second": "mmdit", "split": "heldout", "score": score}
+    return {**names, "value": value, "low": low, "high": high, "p": p, "p_holm": p, "seeds": [5, 5],
+            "detectable": 0.07, "verdict": verdict}  # fmt: skip
+
+
+def decided():
+    claims = [
+        claim("crossdit", -0.062, 0.03, "second"),
+        claim("pooled", -0.299, 0.03, "second"),
+        claim("joint", 0.051, 0.02, "first"),
+        claim("shared", -0.011, 0.03, "none"),
+        claim("pooled", 4.25, 0.5, "second", "frechet"),
+    ]
+    rows = {name: summary()["rows"]["mmdit"] for name in ("mmdit", "crossdit", "pooled", "joint", "shared")}
+    score = {"value": 0.9, "low": 0.88, "high": 0.92, "n": 5, "method": "t"}
+    scores = {row: {split: {"relation": score, "colour": score} for split in ("seen", "heldout")} for row in rows}
+    return {
+        **summary(), "claims": claims, "rows": rows, "scores": scores,
+        "caveats": ["5 comparisons were stated beforehand.", "pooled is confounded: really."],
+    }  # fmt: skip
+
+
+def test_a_study_with_verdicts_says_them_with_intervals_and_seeds_above_the_claimed_split(tmp_path):
+    block = study_block(decided(), tmp_path)
+    assert (
+        "- Relation, held-out combinations, against mmdit in points (5 seeds, 95 % intervals): "
+        "better joint +5.1 [+3.1 to +7.1]; worse pooled −29.9 [−32.9 to −26.9], crossdit −6.2 [−9.2 to −3.2]; "
+        "no difference shown after correction for shared −1.1 [−4.1 to +1.9]; this study could have shown 7.0."
+    ) in block
+    assert "- Fréchet, held-out combinations, against mmdit (5 seeds, 95 % intervals): worse pooled +4.250" in block
+    assert "Held-out combinations:" in block
+    assert "Seen combinations:" not in block
+    assert "| joint | 90.0 % [88.0 – 92.0] | 10.09 M |" in block
+    assert "| colour |" not in block
+    assert block.endswith("5 comparisons were stated beforehand.\npooled is confounded: really.")
+
+
+def test_the_head_of_a_study_says_what_was_found_and_a_stale_one_is_noticed(tmp_path):
+    head = "# Question: which?\n# Found: not run yet.\n#        Really not.\n# Command: x\nname: pretend\n"
+    (tmp_path / "results/pretend").mkdir(parents=True)
+    (tmp_path / "results/pretend/summary.json").write_text(json.dumps(decided()))
+    file = tmp_path / "pretend.yaml"
+    file.write_text(head)
+    (written,) = stale_heads(tmp_path / "results", tmp_path).values()
+    lines = written.splitlines()
+    assert lines[0] == head.splitlines()[0]
+    assert lines[-2:] == ["# Command: x", "name: pretend"]
+    assert lines[1].startswith("# Found: Relation, held-out combinations, against mmdit in points (5 seeds")
+    assert all(line.startswith("#" + 8 * " ") for line in lines[2:-2])
+    assert max(map(len, lines)) <= 120
+    assert " ".join(line.lstrip("# ").removeprefix("Found: ") for line in lines[1:-2]) == found_line(decided())
+    file.write_text(written)
+    assert stale_heads(tmp_path / "results", tmp_path) == {}
+    assert rewrite_found("name: x\n", "anything") == "name: x\n"
+    one = {**summary(), "caveats": ["One seed ranks nothing: really."]}
+    assert found_line(one) == "All correct: something. One seed ranks nothing: really."
+
+
+def test_the_heads_of_shipped_studies_say_what_the_stored_results_say():
+    assert stale_heads(ROOT / "results", ROOT / "configs/studies") == {}, "run: python scripts/readme_table.py"
 
 
 def test_one_picture_stands_above_the_tables(tmp_path):
