@@ -94,7 +94,15 @@ def read_book(file: Path) -> dict[str, Any]:
     defaults = to_tree(StudyConfig(name="x", base=Path("x"), rows={"x": {}}))
     old = {"varies": ["model"], "attention": None} if found < 2 else {}
     book["study"] = {**defaults, **old, **book["study"]}
-    plain = {"backbone": "", "sampling": {}, "confounded": [], "match": "", "evaluations": 0, "image_flops": 0}
+    plain = {
+        "backbone": "",
+        "sampling": {},
+        "confounded": [],
+        "match": "",
+        "evaluations": 0,
+        "image_flops": 0,
+        "data": "",
+    }
     book["rows"] = {row: {**plain, "trained_as": row, **kept} for row, kept in book["rows"].items()}
     return book
 

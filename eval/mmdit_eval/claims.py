@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmdit_eval.comparison import check_comparable, compare
-from mmdit_eval.findings import SPLITS, Cell, Files, ceiling_value, estimate
+from mmdit_eval.findings import Cell, Files, ceiling_value, estimate
 from mmdit_eval.mixed import common_table, mixed_difference
 from mmdit_eval.scores import SCORES, Score, shown, shown_interval
 from mmdit_eval.verdicts import Difference, decide, difference, sentence
 
+FEW = 4  # above so many rows the verdict does not repeat each row's value
 _ORDER = ("first", "second", "none", "no spread", "one seed")
 
 
@@ -93,25 +94,41 @@ def verdict(files: Files) -> list[str]:
     """Say in sentences what the numbers allow, and what they do not; what was found comes first."""
     if files.headline is None or not files.judged:
         return ["No cell of this study has been judged yet."]
-    values = [_values_in_words(files, score, split) for score in claimed_scores(files) for split in files.splits]
+    values = []
+    if len(files.rows) <= FEW:  # of more rows the table says it better
+        values = [_values_in_words(files, score, split) for score in claimed_scores(files) for split in files.splits]
     problem = incomparable(files)
     if problem:
         return [f"The rows are not comparable: {problem}", *values]
     claims = judge_claims(files)
     ordered = sorted(claims, key=lambda claim: _ORDER.index(claim["verdict"]))
-    sentences = [_sentence(files, claim) for claim in ordered]
-    rows = [row for row in files.rows if files.of(row)]
-    if min(len(files.of(row)) for row in rows) < 2:
-        sentences.append(
+    return [*(_sentence(files, claim) for claim in ordered), *_limits(files, claims), *values, *_warnings(files)]
+
+
+def caveats(files: Files) -> list[str]:
+    """Say in sentences what a reader of the verdict must know beside it; part of `verdict`."""
+    if not files.judged:
+        return []
+    problem = incomparable(files)
+    if problem:
+        return [f"The rows are not comparable: {problem}"]
+    return [*_limits(files, judge_claims(files)), *_warnings(files)]
+
+
+def _limits(files: Files, claims: Sequence[Difference]) -> list[str]:
+    """Say what few seeds and many comparisons mean."""
+    found = []
+    if min(len(files.of(row)) for row in files.rows if files.of(row)) < 2:
+        found.append(
             "One seed ranks nothing: the intervals cover the chance of prompts and noise, not that of training. "
             "Another seed may turn the order round."
         )
     tested = sum(claim["p"] is not None for claim in claims)
     if tested > 1:
-        sentences.append(
+        found.append(
             f"{tested} comparisons were stated beforehand and are corrected together (Holm); intervals are not."
         )
-    return [*sentences, *values, *_warnings(files)]
+    return found
 
 
 def _sentence(files: Files, claim: Difference) -> str:
@@ -126,9 +143,9 @@ def _sentence(files: Files, claim: Difference) -> str:
             signed = f"{style.factor * between['value']:+.{style.digits}f}".replace("-", "−")
             points = " points" if style.unit == "%" else ""
             interval = shown_interval(claim["score"], between["low"], between["high"])
-            names = f"{claim['first']} minus {claim['second']} in {style.label}, {SPLITS[claim['split']]}"
+            names = f"{claim['first']} minus {claim['second']} in {style.label}, {files.split_names[claim['split']]}"
             return f"{names}: {signed}{points} [{interval}], 1 seed: between samples only."
-    return sentence(claim, SPLITS[claim["split"]])
+    return sentence(claim, files.split_names[claim["split"]])
 
 
 def _values_in_words(files: Files, score: str, split: str) -> str:
@@ -141,7 +158,7 @@ def _values_in_words(files: Files, score: str, split: str) -> str:
     top = ceiling_value(files, split, score)
     limit = f"; true pictures through the VAE: {shown(score, top)}" if top is not None else ""
     label = SCORES[score].label if score in SCORES else score
-    return f"{label[0].upper()}{label[1:]}, {SPLITS[split]}: {', '.join(parts)}{limit}."
+    return f"{label[0].upper()}{label[1:]}, {files.split_names[split]}: {', '.join(parts)}{limit}."
 
 
 def _warnings(files: Files) -> list[str]:

@@ -13,10 +13,8 @@ import numpy as np
 
 from mmdit_eval.book import read_book
 from mmdit_eval.comparison import read_result
-from mmdit_eval.scores import HEADLINES, SCORES
+from mmdit_eval.scores import HEADLINES, SCORES, SPLITS, split_names
 from mmdit_eval.statistics import Estimate, seed_interval
-
-SPLITS = {"seen": "seen combinations", "heldout": "held-out combinations"}
 
 
 @dataclass
@@ -63,6 +61,11 @@ class Files:
     @cached_property
     def rows(self) -> list[str]:
         return list(self.book["rows"])
+
+    @cached_property
+    def split_names(self) -> dict[str, str]:
+        """What the splits are called, by the study's data."""
+        return split_names(next((kept["data"] for kept in self.book["rows"].values()), ""))
 
     @cached_property
     def judged(self) -> list[Cell]:
@@ -234,3 +237,12 @@ def cost_table(files: Files) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def pictures_of_curves(files: Files) -> str:
+    """Say on how many pictures a point of the curves stands: "96 pictures", or from to where splits differ."""
+    numbers = {
+        found["num_images"] for cell in files.judged for _, _, splits in cell.points for found in splits.values()
+    }
+    ends = sorted({min(numbers, default=0), max(numbers, default=0)})
+    return f"{' to '.join(f'{number:,}' for number in ends)} pictures"

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmdit.config import ConfigError
 from mmdit.registry import unknown
-from mmdit_eval.findings import SPLITS, Files, read_study
+from mmdit_eval.findings import Files, read_study
 from mmdit_eval.mixed import common_table
 from mmdit_eval.power import POWER, Spread, pilot_spread, seeds_needed
 from mmdit_eval.scores import SCORES
@@ -64,7 +64,10 @@ def plan_from_pilot(
             "seeds": seeds_needed(wanted, (plain, plain), alpha=alpha),
             "careful": seeds_needed(wanted, (careful, careful), alpha=alpha),
         })  # fmt: skip
-    return {"metric": metric, "split": split, "difference": difference, "spread": spread._asdict(), "lines": lines}
+    return {
+        "metric": metric, "split": split, "split_name": files.split_names[split], "difference": difference,
+        "spread": spread._asdict(), "lines": lines,
+    }  # fmt: skip
 
 
 def _spread(files: Files, split: str, metric: str) -> Spread:
@@ -96,7 +99,7 @@ def print_power(folder: str | Path, metric: str, difference: float, split: str |
     unit = "points" if style.unit == "%" else ""
     console = Console()
     console.print(
-        f"To find a difference of {difference:g} {unit} in {style.label} ({SPLITS[found['split']]}) {100 * POWER:.0f} "
+        f"To find a difference of {difference:g} {unit} in {style.label} ({found['split_name']}) {100 * POWER:.0f} "
         f"times in 100, {comparisons} comparison(s); from a pilot with {spread['df']} degree(s) of freedom:\n"
         f"  spread of a training's quality from seed to seed {style.factor * spread['training']:.2f}, of one picture "
         f"{style.factor * spread['sample']:.1f}",

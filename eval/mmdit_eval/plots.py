@@ -1,30 +1,46 @@
-"""The report's figures, drawn by matplotlib from numbers alone; one colour a row, the same in every figure."""
+"""The report's figures, drawn by matplotlib from numbers alone; one colour and mark a row, the same in every figure."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmdit_eval.scores import SCORES, Score
+from mmdit_eval.scores import SCORES, Score, split_names
 from mmdit_eval.statistics import Estimate
 
-# Okabe and Ito's palette: distinguishable with every kind of colour vision
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#4D4D4D")
+# Okabe and Ito's palette, distinguishable with every kind of colour vision, then five darker ones; marks tell the rest
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#1A1A1A", "#8C510A", "#A6004C",
+    "#7A9A01", "#5F7C8A",
+)  # fmt: skip
+# matplotlib's name of a mark, and the same mark as a character of the page
+MARKS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("p", "⬟"), ("<", "◀"), (">", "▶"))
 CEILING = "#8A8F98"
+WIDE = 8  # a distance that spans this factor stands on a logarithmic axis
+FEW = 4  # above so many rows the single seeds' lines are left out: their mean alone can be read
+DPI = 160
+LEGEND = 5  # entries in a line of the legend
 SPLIT_STYLES = {"seen": "-", "heldout": (0, (4, 2))}
-SPLIT_NAMES = {"seen": "seen combinations", "heldout": "held-out combinations"}
 
 # a curve: (x, y) pairs; a row may have several, one a seed
 Curves = Mapping[str, Sequence[Sequence[tuple[float, float]]]]
 
 
-def row_colours(rows: Sequence[str]) -> dict[str, str]:
-    """Give each row its colour, by its place in the study."""
-    return {row: COLOURS[i % len(COLOURS)] for i, row in enumerate(rows)}
+class RowStyle(NamedTuple):
+    """How a row of the study looks in every figure and table."""
+
+    colour: str
+    mark: str
+    character: str
+
+
+def row_styles(rows: Sequence[str]) -> dict[str, RowStyle]:
+    """Give each row its colour and mark, by its place in the study; 24 pairs, each row of a smaller study its own."""
+    return {row: RowStyle(COLOURS[i % len(COLOURS)], *MARKS[i % len(MARKS)]) for i, row in enumerate(rows)}
 
 
 def score_figure(
@@ -33,15 +49,17 @@ def score_figure(
     by_flops: Mapping[str, Curves],
     by_seconds: Mapping[str, Curves],
     ceiling: Mapping[str, float],
-    colours: Mapping[str, str],
+    styles: Mapping[str, RowStyle],
+    names: Mapping[str, str],
 ) -> str:
     """Draw one score against images, FLOPs and training seconds, side by side: base64 PNG.
 
     Args:
         by_images, by_flops, by_seconds: {split: {row: curves}}.
         ceiling: {split: value}.
+        names: {split: what it is called}.
     """
-    figure, axes = _figure(3)
+    figure, axes = _figure(3, rows=len(styles))
     style = SCORES[score]
     panels = (
         (axes[0], by_images, "training images (thousands)", 1e-3),
@@ -51,27 +69,37 @@ def score_figure(
     for axis, data, label, unit in panels:
         for split, curves in data.items():
             for row, seeds in curves.items():
-                curve = {"color": colours[row], "linestyle": SPLIT_STYLES[split], "markeredgewidth": 0}
+                look = styles[row]
+                dashes = SPLIT_STYLES[split] if len(data) > 1 else "-"
+                curve = {"color": look.colour, "linestyle": dashes, "markeredgewidth": 0}
                 tables = [np.array(points) * (unit, style.factor) for points in seeds]
-                if len(tables) > 1:  # seeds thin, their mean as the row's line
+                if len(tables) > 1 and len(styles) <= FEW:  # seeds thin, their mean as the row's line
                     for table in tables:
                         axis.plot(*table.T, **curve, linewidth=0.8, alpha=0.35)
                 if len({len(table) for table in tables}) == 1:
-                    axis.plot(*np.mean(tables, axis=0).T, **curve, marker="o", markersize=4, linewidth=1.8)
+                    axis.plot(*np.mean(tables, axis=0).T, **curve, marker=look.mark, markersize=4.5, linewidth=1.8)
             if split in ceiling:
                 axis.axhline(
                     style.factor * ceiling[split], color=CEILING, linestyle=SPLIT_STYLES[split], linewidth=1.0, zorder=0
                 )
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
+        drawn = [y for line in axis.get_lines() for y in line.get_ydata()]
+        if style.better < 0 and drawn and max(drawn) > WIDE * min(drawn) > 0:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(_plain())
+            axis.yaxis.set_minor_formatter(_plain())
     unit_text = f" ({style.unit})" if style.unit else ""
     axes[0].set_ylabel(f"{style.label}{unit_text}")
-    _legend(figure, axes[1], colours, list(by_images), bool(ceiling))
+    _legend(figure, styles, {split: names[split] for split in by_images}, bool(ceiling))
     return _png(figure)
 
 
 def attribute_figure(
-    values: Mapping[str, Mapping[str, Mapping[str, Estimate]]], colours: Mapping[str, str], labels: Mapping[str, str]
+    values: Mapping[str, Mapping[str, Mapping[str, Estimate]]],
+    styles: Mapping[str, RowStyle],
+    labels: Mapping[str, str],
+    names: Mapping[str, str],
 ) -> str:
     """Draw accuracy by attribute with intervals, one panel a split: base64 PNG.
 
@@ -79,30 +107,38 @@ def attribute_figure(
         values: {split: {row: {score: estimate}}}.
         labels: {score: how it is called}.
     """
-    figure, axes = _figure(len(values))
+    figure, axes = _figure(len(values), rows=len(styles))
     for axis, (split, rows) in zip(np.atleast_1d(axes), values.items(), strict=True):
         offsets = np.linspace(-0.36, 0.36, len(rows)) if len(rows) > 1 else np.zeros(1)
         for offset, (row, found) in zip(offsets, rows.items(), strict=True):
             for place, score in enumerate(labels):
                 if score in found:
-                    _point(axis, place + offset, found[score], SCORES[score].factor, colours[row])
-        axis.set_xticks(range(len(labels)), labels.values())
+                    _point(axis, place + offset, found[score], SCORES[score].factor, styles[row])
+        axis.set_xticks(range(len(labels)), [label.replace(" ", "\n") for label in labels.values()])
         axis.grid(axis="x", visible=False)
-        axis.set_title(SPLIT_NAMES[split], fontsize=10, color="#30343b")
+        axis.set_title(names[split], fontsize=10, color="#30343b")
     np.atleast_1d(axes)[0].set_ylabel("right (%)")
-    _legend(figure, axes, colours, [], False)
+    _legend(figure, styles, {}, False)
     return _png(figure)
 
 
-def _point(axis: Any, x: float, value: Estimate, factor: float, colour: str) -> None:
+def _point(axis: Any, x: float, value: Estimate, factor: float, look: RowStyle) -> None:
     """A value with its interval where it has one."""
-    axis.plot([x], [factor * value["value"]], marker="o", markersize=5, color=colour, linestyle="none")
+    axis.plot(
+        [x], [factor * value["value"]], marker=look.mark, markersize=5, color=look.colour, linestyle="none",
+        markeredgewidth=0,
+    )  # fmt: skip
     if value["low"] is not None and value["high"] is not None:
         ends = factor * value["low"], factor * value["high"]
-        axis.plot([x, x], ends, color=colour, linewidth=1.2, alpha=0.7)
+        axis.plot([x, x], ends, color=look.colour, linewidth=1.2, alpha=0.7)
 
 
-def guidance_figure(points: Sequence[Mapping[str, Any]], scores: tuple[str, str], colours: Mapping[str, str]) -> str:
+def guidance_figure(
+    points: Sequence[Mapping[str, Any]],
+    scores: tuple[str, str],
+    rows: Mapping[str, RowStyle],
+    names: Mapping[str, str],
+) -> str:
     """Draw two scores of rows that differ in guidance against each other, with intervals of both: base64 PNG.
 
     Args:
@@ -121,11 +157,11 @@ def guidance_figure(points: Sequence[Mapping[str, Any]], scores: tuple[str, str]
             for key, style, draw in (("x", styles[0], axis.hlines), ("y", styles[1], axis.vlines)):
                 if p[key]["low"] is not None:
                     ends = style.factor * p[key]["low"], style.factor * p[key]["high"]
-                    draw(y if key == "x" else x, *ends, color=colours[p["row"]], linewidth=1.2, alpha=0.7)
-            axis.plot([x], [y], marker="o", markersize=6, color=colours[p["row"]], zorder=3)
+                    draw(y if key == "x" else x, *ends, color=rows[p["row"]].colour, linewidth=1.2, alpha=0.7)
+            axis.plot([x], [y], marker=rows[p["row"]].mark, markersize=6, color=rows[p["row"]].colour, zorder=3)
             axis.annotate(p["label"], (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8.5, color="#30343b")
         axis.set_xlabel(_axis_label(styles[0]))
-        axis.set_title(SPLIT_NAMES[split], fontsize=10, color="#30343b")
+        axis.set_title(names[split], fontsize=10, color="#30343b")
     np.atleast_1d(axes)[0].set_ylabel(_axis_label(styles[1]))
     return _png(figure)
 
@@ -137,14 +173,15 @@ def _axis_label(style: Score) -> str:
 def loss_figure(
     training: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
     by_level: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
-    colours: Mapping[str, str],
+    styles: Mapping[str, RowStyle],
     heldout_by_level: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    names: Mapping[str, str],
 ) -> str:
-    """Draw training loss against images, and validation loss at each t: base64 PNG."""
-    figure, axes = _figure(2)
+    """Draw training loss against images, and validation loss at each t: base64 PNG. Of several seeds the mean."""
+    figure, axes = _figure(2, rows=len(styles))
     for row, runs in training.items():
-        for images, loss in runs:
-            axes[0].plot(1e-3 * np.asarray(images), smooth(loss), color=colours[row], linewidth=1.8)
+        images, loss = _mean_curve(runs)
+        axes[0].plot(1e-3 * images, smooth(loss), color=styles[row].colour, linewidth=1.8)
     values = [value for runs in training.values() for _, loss in runs for value in loss]
     wide = bool(values) and max(values) > 3 * min(values) > 0
     if wide:
@@ -155,17 +192,25 @@ def loss_figure(
     axes[0].set_ylabel("training loss (running mean)")
     axes[0].set_xlim(left=0)
     for split, data in (("seen", by_level), ("heldout", heldout_by_level)):
+        dashes = SPLIT_STYLES[split] if by_level and heldout_by_level else "-"
         for row, levels in data.items():
-            for t, loss in levels:
-                axes[1].plot(
-                    t, loss, color=colours[row], linestyle=SPLIT_STYLES[split], marker="o", markersize=4,
-                    linewidth=1.8, markeredgewidth=0,
-                )  # fmt: skip
+            t, loss = _mean_curve(levels)
+            axes[1].plot(
+                t, loss, color=styles[row].colour, linestyle=dashes, marker=styles[row].mark, markersize=4,
+                linewidth=1.8, markeredgewidth=0,
+            )  # fmt: skip
     axes[1].set_xlabel("t (0 data, 1 noise)")
     axes[1].set_ylabel("validation loss at t")
     axes[1].set_xlim(0, 1.03)
-    _legend(figure, axes[1], colours, [s for s, d in (("seen", by_level), ("heldout", heldout_by_level)) if d], False)
+    drawn = {s: names[s] for s, levels in (("seen", by_level), ("heldout", heldout_by_level)) if levels}
+    _legend(figure, styles, drawn, False)
     return _png(figure)
+
+
+def _mean_curve(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Average (x, y) curves over seeds, each at the places of the shortest."""
+    x = np.asarray(min((xs for xs, _ in curves), key=len), dtype=np.float64)
+    return x, np.mean([np.interp(x, xs, ys) for xs, ys in curves], axis=0)
 
 
 def grid_figure(grid: Mapping[str, Any]) -> str:
@@ -215,7 +260,7 @@ def sweep_figure(table: Mapping[str, Any]) -> str:
     Args:
         table: as `sweep.sweep_run` writes it.
     """
-    splits = list(table["splits"])
+    splits, names = list(table["splits"]), split_names(table.get("data", ""))
     figure, axes = _figure(len(splits))
     across, up = SCORES[table["across"]], SCORES[table["up"]]
     for axis, split in zip(np.atleast_1d(axes), splits, strict=True):
@@ -234,12 +279,12 @@ def sweep_figure(table: Mapping[str, Any]) -> str:
                 f"{point['guidance_scale']:g}", (x[i], y[i]), xytext=(7, 6), textcoords="offset points", fontsize=9,
                 annotation_clip=True,
             )  # fmt: skip
-        axis.set_title(f"{SPLIT_NAMES.get(split, split)}, {table['splits'][split]['num_images']:,} pictures a point",
+        axis.set_title(f"{names.get(split, split)}, {table['splits'][split]['num_images']:,} pictures a point",
                        fontsize=10, color="#30343b", loc="left")  # fmt: skip
         axis.set_xlabel(f"{across.label} (more is better)")
         axis.set_ylabel(f"{up.label} (less is better)")
         _view_on_guided(axis, [p["guidance_scale"] for p in table["points"]], x, y, bars)
-        if min(y) > 0 and max(y) > 8 * min(y):
+        if min(y) > 0 and max(y) > WIDE * min(y):
             lowest, highest = min(y) / 1.5, axis.get_ylim()[1] * 1.3
             axis.set_yscale("log")
             axis.set_ylim(lowest, highest)
@@ -294,7 +339,7 @@ def map_figure(maps: Mapping[str, Mapping[str, Any]]) -> str:
     return _png(figure)
 
 
-def smooth(values: Sequence[float], window: int = 5) -> np.ndarray:
+def smooth(values: Sequence[float] | np.ndarray, window: int = 5) -> np.ndarray:
     """Return the running mean of the last `window` values, shorter at the beginning."""
     sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))
     ends = np.arange(1, len(sums))
@@ -309,7 +354,8 @@ def _plain() -> Any:
     return FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _figure(panels: int, rows: int = 1) -> tuple[Any, Any]:
+    """Panels side by side, higher where the legend of many rows takes several lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -331,21 +377,24 @@ def _figure(panels: int) -> tuple[Any, Any]:
         "legend.frameon": False,
     }
     with matplotlib.rc_context(style):
-        figure, axes = pyplot.subplots(1, panels, figsize=(10.0, 3.5), layout="constrained")
+        figure, axes = pyplot.subplots(1, panels, figsize=(10.0, 3.3 + 0.22 * -(-rows // LEGEND)), layout="constrained")
     return figure, axes
 
 
-def _legend(figure: Any, axis: Any, colours: Mapping[str, str], splits: Sequence[str], ceiling: bool) -> None:
-    """One legend for the whole figure: rows by colour, splits by line."""
+def _legend(figure: Any, styles: Mapping[str, RowStyle], splits: Mapping[str, str], ceiling: bool) -> None:
+    """One legend for the whole figure: rows by colour and mark, splits by line."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=colour, linewidth=3, label=row) for row, colour in colours.items()]
+    handles = [
+        Line2D([], [], color=look.colour, marker=look.mark, markersize=5, linewidth=2.5, label=row)
+        for row, look in styles.items()
+    ]
     if len(splits) > 1:
-        handles += [Line2D([], [], color="#30343b", linestyle=SPLIT_STYLES[s], label=SPLIT_NAMES[s]) for s in splits]
+        handles += [Line2D([], [], color="#30343b", linestyle=SPLIT_STYLES[s], label=splits[s]) for s in splits]
     if ceiling:
         handles.append(Line2D([], [], color=CEILING, linewidth=1, label="ceiling"))
     figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(len(handles), 7), fontsize=9.5, handlelength=2.0,
+        handles=handles, loc="outside upper left", ncols=min(len(handles), LEGEND), fontsize=9.5, handlelength=2.0,
         frameon=False,
     )  # fmt: skip
 
@@ -354,6 +403,12 @@ def _png(figure: Any) -> str:
     from matplotlib import pyplot
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
+    figure.savefig(buffer, format="png", dpi=DPI)
     pyplot.close(figure)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def css_width(png: str) -> int:
+    """Return the width at which a figure's letters have their true size on a page, in CSS pixels (96 an inch)."""
+    header = base64.b64decode(png[:64])
+    return round(int.from_bytes(header[16:20], "big") * 96 / DPI)

@@ -57,6 +57,14 @@ SCORES: dict[str, Score] = {
 HEADLINES = ("all_correct", "same_tone", "clip_score", "frechet", "validation_loss")
 
 
+SPLITS = {"seen": "seen combinations", "heldout": "held-out combinations"}
+
+
+def split_names(data: str) -> dict[str, str]:
+    """Return what the splits are called in words, for a kind of data (`data.name`); "": one of known combinations."""
+    return {"seen": "pictures kept out of training"} if data in ("images", "shards") else SPLITS
+
+
 def shown(score: str, value: float | None, unit: bool = True) -> str:
     """Format a value for people: "93.4 %"."""
     if value is None:

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from mmdit_eval.claims import verdict
 from mmdit_eval.comparison import check_comparable, compare
+from mmdit_eval.figures import figures
 from mmdit_eval.findings import at_budget, cost_table, equal_budgets, estimate, read_study
+from mmdit_eval.plots import row_styles
 from mmdit_eval.readme import store_study
 from mmdit_eval.report import csv_table, html, markdown, summary, write_report
 from mmdit_eval.statistics import jackknife_interval, mean_interval, wilson_interval
@@ -90,6 +92,21 @@ def write_study(folder, seeds=(0,), failed=None):
     return folder
 
 
+def widen(folder, count):
+    """Give a made-up study more rows: copies of its first one under other names."""
+    book = json.loads((folder / "study.json").read_text())
+    seeds = book["study"]["seeds"]
+    for i in range(2, count):
+        row = f"row_{i}"
+        book["study"]["rows"][row] = {"model": {"name": "mmdit", "depth": i}}
+        book["rows"][row] = book["rows"]["mmdit"]
+        for seed in seeds:
+            book["cells"][f"{row}-s{seed}"] = {"row": row, "seed": seed, "status": "done", "reason": ""}
+            write_cell(folder, row, 0.5 + i / 40, 500, seed)
+    (folder / "study.json").write_text(json.dumps(book))
+    return folder
+
+
 @pytest.fixture
 def study(tmp_path):
     return write_study(tmp_path)
@@ -121,30 +138,73 @@ def test_claims_stand_in_the_page_the_summary_and_the_table_in_latex(tmp_path):
 
 
 def test_attention_maps_are_drawn_where_they_were_recorded(study):
-    from mmdit_eval.report import figures
 
     words = {"caption": "a red circle", "t": 0.7, "maps": {"red": [[0.1] * 4] * 4, "circle": [[0.2] * 4] * 4}}
     (study / "mmdit-s0" / "attention.json").write_text(json.dumps({"settings": {}, "prompts": [words]}))
-    titles = [figure["title"] for figure in figures(read_study(study), {"mmdit": "#000000", "unet": "#111111"})]
+    titles = [figure["title"] for figure in figures(read_study(study), row_styles(["mmdit", "unet"]))]
     assert "What is read from: a red circle" in titles
 
 
 def test_rows_under_several_guidances_are_drawn_against_each_other(study):
-    from mmdit_eval.plots import row_colours
-    from mmdit_eval.report import figures
 
     book = json.loads((study / "study.json").read_text())
-    titles = [f["title"] for f in figures(read_study(study), row_colours(list(book["rows"])))]
+    titles = [f["title"] for f in figures(read_study(study), row_styles(list(book["rows"])))]
     assert "What guidance buys, and what it costs" not in titles
     for row, scale in zip(book["rows"], (1.0, 4.0), strict=True):
         book["rows"][row]["sampling"] = {"guidance_scale": scale}
     book["rows"]["unet"]["confounded"] = ["train.lr"]
     (study / "study.json").write_text(json.dumps(book))
-    titles = [f["title"] for f in figures(read_study(study), row_colours(list(book["rows"])))]
+    titles = [f["title"] for f in figures(read_study(study), row_styles(list(book["rows"])))]
     assert "What guidance buys, and what it costs" in titles
     page = html(read_study(study))
     assert "(confounded)" in page
     assert "unet is confounded: it differs from the reference in train.lr too" in page
+
+
+def test_many_rows_stand_down_the_tables_each_with_a_colour_and_mark_of_its_own(tmp_path):
+    folder = widen(write_study(tmp_path, seeds=(0, 1)), 9)
+    page = write_report(folder).read_text()
+    rows = read_study(folder).rows
+    styles = row_styles([f"row{i}" for i in range(24)])
+    assert len({style.colour for style in list(styles.values())[:12]}) == 12
+    assert len(set(styles.values())) == 24
+    for row in rows:  # once in the table of each split, of costs, of each budget
+        look = row_styles(rows)[row]
+        mark = f'<span class="mark" style="color:{look.colour}">{look.character}</span>{row}</td>'
+        assert page.count(mark) == 2 + 1 + 2
+    assert page.count("crossdit_decoupled") == 0
+    assert "row_<wbr>8</th>" in page  # a narrow head breaks and is not cut
+    assert "varied: model.name, model.depth" not in page  # the field of `varies`, not its leaves
+    assert "varied: model ·" in page
+    assert "Held-out combinations only. Lines: means over seeds." in page
+    table = markdown(read_study(folder))
+    assert table.startswith("Seen combinations:\n\n| | all correct | CLIP-score | Fréchet |")
+    assert len([line for line in table.splitlines() if line.startswith("| row_")]) == 2 * 7
+    words = verdict(read_study(folder))
+    assert not any(sentence.startswith("All correct, seen") for sentence in words)  # the table says it better
+
+
+def test_a_few_rows_stand_across_the_table_with_their_values_in_words(study):
+    page = html(read_study(study))
+    assert 'class="part"' in page
+    assert "row_tables" not in page
+    assert any(sentence.startswith("All correct, seen") for sentence in verdict(read_study(study)))
+    assert "Held-out combinations only" not in page
+
+
+def test_pictures_of_ones_own_are_not_called_combinations(study):
+    book = json.loads((study / "study.json").read_text())
+    for kept in book["rows"].values():
+        kept["data"] = "images"
+    (study / "study.json").write_text(json.dumps(book))
+    for file in [*study.glob("*/eval/*.json"), study / "ceiling.json"]:
+        result = json.loads(file.read_text())
+        for part in ("splits", "prefix"):
+            result.get(part, {}).pop("heldout", None)
+        file.write_text(json.dumps(result))
+    page = html(read_study(study))
+    assert "Pictures kept out of training" in page
+    assert "combinations" not in re.sub(r"base64,[^\"]*", "", page)
 
 
 def test_figures_stand_beside_the_report(study):

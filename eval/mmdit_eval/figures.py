@@ -1,0 +1,179 @@
+"""The report's figures and sample grids, collected from a study's files; `plots` draws them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmdit_eval import plots
+from mmdit_eval.findings import Files, ceiling_value, estimate, pictures_of_curves
+from mmdit_eval.plots import RowStyle
+from mmdit_eval.scores import SCORES
+from mmdit_eval.statistics import Estimate
+
+
+def figures(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, str]]:
+    """Draw the figures that the files allow: [{"title", "note", "png", "width"}], the width as the page shows it."""
+    drawn = []
+    headline = [name for name in (files.headline,) if name]
+    for score in [*headline, *(s for s in ("frechet",) if s in files.scores and s not in headline)]:
+        by_images, by_flops, by_seconds = (_curves(files, score, axis) for axis in ("images", "flops", "seconds"))
+        if not any(len(points) > 1 for curves in by_images.values() for seeds in curves.values() for points in seeds):
+            continue
+        ceiling = {s: v for s in _drawn_splits(files) if (v := ceiling_value(files, s, score)) is not None}
+        if files.study["suite"]["snapshot_images"] and score in ("frechet",):
+            ceiling = {}  # measured on more pictures, which lowers a Fréchet distance: no line beside these curves
+        label = SCORES[score].label
+        title = f"{label[0].upper()}{label[1:]} against images, FLOPs and seconds"
+        note = (
+            f"Each point: {pictures_of_curves(files)} of one checkpoint. An update takes three times the FLOP of its "
+            f"forward. Seconds are training steps alone, on this machine.{_of_splits(files)}"
+        )
+        png = plots.score_figure(score, by_images, by_flops, by_seconds, ceiling, styles, files.split_names)
+        drawn.append({"title": title, "note": note, "png": png})
+    training: dict[str, list[Any]] = {}
+    levels: dict[str, dict[str, list[Any]]] = {"seen": {}, "heldout": {}}
+    for cell in files.cells:
+        records = cell.records("train")
+        if records:
+            values = [r["images_seen"] for r in records], [r["loss"] for r in records]
+            training.setdefault(cell.row, []).append(values)
+    for cell in files.judged:
+        for split in _drawn_splits(files):
+            details = (cell.result or {})["splits"][split]["details"]
+            if "loss_by_level" in details:
+                levels[split].setdefault(cell.row, []).append((details["levels"], details["loss_by_level"]))
+    if training or any(levels.values()):
+        title = "Training loss against images, and validation loss at each t"
+        note = f"Validation: the averaged weights on true pictures, the same noise for every row.{_of_splits(files)}"
+        png = plots.loss_figure(training, levels["seen"], styles, levels["heldout"], files.split_names)
+        drawn.append({"title": title, "note": note, "png": png})
+    drawn += [*_by_attribute(files, styles), *_guidance(files, styles), *_attention(files)]
+    return [{**figure, "width": f"{plots.css_width(figure['png'])}px"} for figure in drawn]
+
+
+def _drawn_splits(files: Files) -> list[str]:
+    """Return the splits whose curves are drawn: of many rows those of the last one alone, the held-out combinations."""
+    return files.splits if len(files.rows) <= plots.FEW else files.splits[-1:]
+
+
+def _of_splits(files: Files) -> str:
+    """Say which split stands in a figure, where one was left out, and what a line is where seeds were averaged."""
+    drawn = _drawn_splits(files)
+    name = "" if len(drawn) == len(files.splits) else f" {files.split_names[drawn[0]].capitalize()} only."
+    several = len(files.study["seeds"]) > 1
+    return name + (" Lines: means over seeds." if several and len(files.rows) > plots.FEW else "")
+
+
+def _by_attribute(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, str]]:
+    """Draw what is right in a picture, attribute by attribute."""
+    names = ("colour", "shape", "size", "count", "relation", "early", "late", "same_base", "same_tone", "same_gender")
+    labels = {score: SCORES[score].label for score in names if score in files.scores}
+    if len(labels) < 2:
+        return []
+    values: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for split in files.splits:
+        for row in files.rows:
+            found = {score: estimate(files.of(row), split, score) for score in labels}
+            values.setdefault(split, {})[row] = {score: value for score, value in found.items() if value is not None}
+    several = len(files.study["seeds"]) > 1
+    note = f"95 % intervals {'over training seeds' if several else 'over prompts and noise, between samples only'}."
+    png = plots.attribute_figure(values, styles, labels, files.split_names)
+    return [{"title": "Accuracy by attribute", "note": note, "png": png}]
+
+
+def _attention(files: Files) -> list[dict[str, str]]:
+    """Draw which image tokens read which word, row by row, where it was recorded."""
+    found: dict[str, list[Any]] = {}
+    for row in files.rows:
+        file = next(
+            (c.folder / "attention.json" for c in files.of(row) if (c.folder / "attention.json").is_file()), None
+        )
+        if file is not None:
+            found[row] = json.loads(file.read_text(encoding="utf-8"))["prompts"]
+    drawn = []
+    for i in range(min((len(prompts) for prompts in found.values()), default=0)):
+        maps = {row: prompts[i]["maps"] for row, prompts in found.items() if prompts[i]["maps"]}
+        if maps:
+            first = next(iter(found.values()))[i]
+            note = f"The true picture at t = {first['t']}, mean over heads and blocks."
+            drawn.append(
+                {"title": f"What is read from: {first['caption']}", "note": note, "png": plots.map_figure(maps)}
+            )
+    return drawn
+
+
+def _guidance(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, str]]:
+    """Draw what guidance buys against what it costs, where rows differ in guidance."""
+    kept = {row: files.book["rows"][row]["sampling"] for row in files.rows}
+    fields = ("guidance_scale", "negative_guidance", "guidance_interval", "kv_subtract", "nag", "skip_layer")
+    if len({json.dumps([sampling.get(f) for f in fields]) for sampling in kept.values()}) < 2:
+        return []
+    x, y = "frechet", next((s for s in ("all_correct", "same_base", "clip_score") if s in files.scores), None)
+    if x not in files.scores or y is None:
+        return []
+    points = []
+    for split in files.splits:
+        for row, sampling in kept.items():
+            found = {"x": estimate(files.of(row), split, x), "y": estimate(files.of(row), split, y)}
+            if None not in found.values():
+                kind, scale = sampling.get("negative_guidance", "cfg"), sampling.get("guidance_scale", 0.0)
+                points.append({"row": row, "label": row, "split": split, "scale": scale, "kind": kind, **found})
+    if not points:
+        return []
+    note = "Up and to the left is better. Crosses are 95 % intervals; the line joins scales of one kind of guidance."
+    png = plots.guidance_figure(points, (x, y), styles, files.split_names)
+    return [{"title": "What guidance buys, and what it costs", "note": note, "png": png}]
+
+
+def _curves(files: Files, score: str, axis: str) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
+    found: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
+
+    def at(row: str, images: int, seconds: float) -> float:
+        flops = 3.0 * files.book["rows"][row]["flops"] * images
+        return {"images": float(images), "flops": flops, "seconds": seconds}[axis]
+
+    for split in _drawn_splits(files):
+        for cell in files.judged:
+            points = [
+                (at(cell.row, images, seconds), splits[split]["scores"][score]["value"])
+                for images, seconds, splits in cell.points
+                if score in splits.get(split, {}).get("scores", {})
+            ]
+            if points and np.isfinite(points).all():
+                found.setdefault(split, {}).setdefault(cell.row, []).append(points)
+    return found
+
+
+def grids(files: Files) -> list[dict[str, Any]]:
+    """Collect the sample grid: the same prompts and noise in every row, beside the true picture and the ceiling."""
+    found = []
+    firsts = [files.of(row)[0] for row in files.rows if files.of(row)]
+    for split in files.splits:
+        if not firsts:
+            break
+        lines = []
+        prompts = (firsts[0].result or {})["prompts"][split]
+        for i, prompt in enumerate(prompts):
+            pictures: list[tuple[str, str | None]] = []
+            for kind in ("true", "ceiling"):
+                pictures.append((kind, _picture(files.folder / f"ceiling/{kind}-{split}-{i:03d}.png")))
+            for cell in firsts:
+                name = f"{(cell.result or {})['suite']}-{(cell.result or {})['images_seen']:012d}"
+                right = (cell.result or {})["splits"][split]["per_image"].get("all_correct")
+                mark = "" if right is None or right[i] is None else ("right" if right[i] else "wrong")
+                picture = _picture(cell.folder / "samples" / name / f"{split}-{i:03d}.png")
+                pictures.append((f"{cell.row} {mark}".strip(), picture))
+            lines.append({"prompt": prompt, "pictures": pictures})
+        heads = ["true", "VAE", *(cell.row for cell in firsts)]
+        found.append({"split": split, "heads": heads, "lines": lines})
+    return found
+
+
+def _picture(path: Path) -> str | None:
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else None
