@@ -117,7 +117,7 @@ def check_match(costs: Mapping[str, Cost], within: float, by: str = "parameters"
     unit = "parameters" if by == "parameters" else "FLOP a forward"
     return (
         f"row {largest!r} has {size(largest):,} {unit}, row {smallest!r} {size(smallest):,}: {100 * (ratio - 1):.1f} % "
-        f"more, the study allows {100 * within:.0f} %. Set match.solve: true to have widths solved, change one by "
+        f"more, the study allows {100 * within:g} %. Set match.solve: true to have widths solved, change one by "
         f"hand, raise match.within, or set match: null to compare unequal sizes"
     )
 

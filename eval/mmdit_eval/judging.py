@@ -58,9 +58,10 @@ class References:
 
         key = config.data.model_dump_json()
         if key not in self.loaded:
-            if ceiling:
-                self.say(f"\njudging: {self.suite.num_images} pictures a split, and the ceiling")
             self.loaded[key] = load_references(config, self.suite)
+            if ceiling:
+                counts = [f"{len(found.indices):,} {split}" for split, found in self.loaded[key].items()]
+                self.say(f"\njudging: {' and '.join(counts)} pictures, and the ceiling")
             number = "" if len(self.loaded) == 1 else f"-{len(self.loaded)}"
             if ceiling:
                 out = self.study_dir / f"ceiling{number}.json"

@@ -15,20 +15,24 @@ from typing import Any, NamedTuple
 from mmdit.config import (
     Cells,
     ConfigError,
+    ImagesConfig,
     ModelConfig,
     RunConfig,
+    ShardsConfig,
     StudyConfig,
+    SuiteConfig,
     confounded_rows,
     reference_row,
     row_configs,
     to_tree,
     trainings,
 )
+from mmdit.data import make_dataset
 from mmdit.models.matching import By, Match, NoMatchError, solve
 from mmdit.registry import lookup
 from mmdit_eval.cost import Cost, check_match, cost_of, drawing_cost, latent_size, sampling_meter
 from mmdit_eval.scores import SCORES
-from mmdit_eval.suite import check_suite
+from mmdit_eval.suite import check_suite, too_few
 
 TRAINING = 3  # FLOP of an update over those of its forward: the backward pass takes two more
 STATED_RATE = 300e9  # FLOP/s of training, one worker: the quickstart's rows reached 240e9 to 330e9 on one core
@@ -43,6 +47,7 @@ class Plan(NamedTuple):
         trained_as: {row: the row whose networks it uses}; itself, unless rows differ in sampling only.
         confounded: {row: fields outside `varies` in which it differs from the reference}.
         notes: {row: what matching changed}.
+        remarks: what a reader of the grid should know about the judging.
     """
 
     cells: Cells
@@ -50,6 +55,7 @@ class Plan(NamedTuple):
     trained_as: dict[str, str]
     confounded: dict[str, list[str]]
     notes: dict[str, str]
+    remarks: tuple[str, ...] = ()
 
     def first(self, row: str) -> RunConfig:
         return next(iter(self.cells[row].values()))
@@ -65,7 +71,7 @@ class Plan(NamedTuple):
         return {
             **self.costs[row]._asdict(), "backbone": config.model.name, "sampling": to_tree(config.sampling),
             "trained_as": self.trained_as[row], "confounded": self.confounded.get(row, []),
-            "match": self.notes.get(row, ""),
+            "match": self.notes.get(row, ""), "data": config.data.name,
         }  # fmt: skip
 
 
@@ -81,13 +87,13 @@ def make_plan(study: StudyConfig, source: str = "study") -> Plan:
             lookup(SCORES, score, "score")
         except ValueError as error:
             raise ConfigError(f"{source}: claims.scores: {error}") from None
-    for split in study.claims.splits:
-        if split not in study.suite.splits:
-            raise ConfigError(f"{source}: claims.splits has {split!r}, the suite's splits are {study.suite.splits}")
     cells = row_configs(study)
     confounded = confounded_rows(study, cells)
     for configs in cells.values():
-        check_suite(study.suite, next(iter(configs.values())))
+        suite = check_suite(study.suite, next(iter(configs.values())))
+        for split in study.claims.splits:
+            if split not in suite.splits:
+                raise ConfigError(f"{source}: claims.splits has {split!r}, the suite's splits are {suite.splits}")
     cells, notes = _matched(study, cells, source)
     costs = {row: cost_of(next(iter(configs.values()))) for row, configs in cells.items()}
     if study.match is not None and not study.match.solve:
@@ -101,7 +107,34 @@ def make_plan(study: StudyConfig, source: str = "study") -> Plan:
     if study.equal_flops:
         cells = _equal_drawing(study, cells, costs)
     costs = {row: drawing_cost(next(iter(cells[row].values())), cost) for row, cost in costs.items()}
-    return Plan(cells, costs, trainings(cells), confounded, notes)
+    first = next(iter(next(iter(cells.values())).values()))
+    return Plan(cells, costs, trainings(cells), confounded, notes, remarks_on_judging(study.suite, first))
+
+
+def remarks_on_judging(suite: SuiteConfig, config: RunConfig) -> tuple[str, ...]:
+    """Say where pictures of one's own are fewer than the suite asks for, or are not what its judge knows.
+
+    Raises:
+        ConfigError: a split of fewer than two pictures.
+    """
+    if not isinstance(config.data, ImagesConfig | ShardsConfig):
+        return ()
+    found, suite = [], suite.for_data(config.data.name)
+    for split in suite.splits:
+        count = len(make_dataset(config.data, split))
+        if count < 2:
+            raise ConfigError(too_few(split, count))
+        if count < suite.num_images:
+            found.append(
+                f"judged on {count:,} pictures ({split}), suite.num_images asks for {suite.num_images:,}: "
+                f"data.val_fraction {config.data.val_fraction:g} keeps no more out of training"
+            )
+    if suite.extractor == "tiny_clip":
+        found.append(
+            "distances stand on the features of tiny_clip, which knows shapes and emoji only; for other pictures set "
+            "suite.extractor (inception_fid, dinov2_vitl14, ...: docs/metrics.md)"
+        )
+    return tuple(found)
 
 
 def _matched(study: StudyConfig, cells: Cells, source: str) -> tuple[Cells, dict[str, str]]:
@@ -166,13 +199,17 @@ def _equal_drawing(study: StudyConfig, cells: Cells, costs: Mapping[str, Cost]) 
 # --- what it will take --------------------------------------------------------------------------------------------
 
 
-def disk_bytes(plan: Plan, row: str) -> int:
-    """Return the bytes of one trained cell: parameters, average and two moments in float32, each kept checkpoint."""
+def disk_bytes(plan: Plan, row: str, pruned: bool = False) -> int:
+    """Return the bytes of one trained cell: parameters, average and two moments in float32, each kept checkpoint.
+
+    Args:
+        pruned: of the four the judged one alone is kept (`prune_finished`).
+    """
     if plan.trained_as[row] != row:
         return 0
     train = plan.first(row).train
     kept = train.images // train.keep_every if train.keep_every and not train.seconds else 0
-    return 4 * 4 * plan.costs[row].parameters * (train.keep_checkpoints + kept)
+    return (1 if pruned else 4) * 4 * plan.costs[row].parameters * (train.keep_checkpoints + kept)
 
 
 def cell_seconds(plan: Plan, row: str, rate: float | None = None) -> float:
@@ -229,7 +266,10 @@ def print_plan(study: StudyConfig, plan: Plan, *, rate: float | None = None, mea
         config, cost = plan.first(row), plan.costs[row]
         own = measured_rate(plan, row) if measure and plan.trained_as[row] == row else rate
         shared, needs = plan.trained_as[row] != row, cell_seconds(plan, row, own)
-        seconds, disk = seconds + needs * len(configs), disk + disk_bytes(plan, row) * len(configs)
+        seconds, disk = (
+            seconds + needs * len(configs),
+            disk + disk_bytes(plan, row, study.prune_finished) * len(configs),
+        )
         limited = config.train.seconds is not None
         table.add_row(
             row + (" (confounded)" if row in plan.confounded else ""),
@@ -241,12 +281,14 @@ def print_plan(study: StudyConfig, plan: Plan, *, rate: float | None = None, mea
             "" if shared or limited else f"{-(-config.train.images // config.train.batch_size):,}",
             f"{cost.evaluations} forwards",
             "" if shared else f"{needs / 60:.1f}",
-            "" if shared else f"{disk_bytes(plan, row) / 1e9:.2f}",
+            "" if shared else f"{disk_bytes(plan, row, study.prune_finished) / 1e9:.2f}",
         )
     console = Console(width=None if Console().is_terminal else 140)
     console.print(table)
     for row, note in plan.notes.items():
         console.print(f"  {row}: {note}", highlight=False)
+    for remark in plan.remarks:
+        console.print(f"  {remark}", highlight=False)
     how = "measured here" if measure else f"at {(rate or STATED_RATE) / 1e9:,.0f} GFLOP/s a worker"
     console.print(
         f"  {len(study.seeds)} seed(s), {study.workers} cell(s) at a time: {seconds / study.workers / 60:,.0f} minutes "

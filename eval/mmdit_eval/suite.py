@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mmdit import rng
 from mmdit.checkpoint import checkpoint_hash, find_checkpoint, weights_stem
-from mmdit.config import ConfigError, EncodersConfig, RunConfig, SuiteConfig, load_config, to_tree
+from mmdit.config import COMBINATIONS, ConfigError, EncodersConfig, RunConfig, SuiteConfig, load_config, to_tree
 from mmdit.data import make_dataset
 from mmdit.diffusion import build_schedule
 from mmdit.encoders.text import TextEncoders, load_run_text
@@ -44,12 +44,20 @@ PROTOCOL_VERSION = 3
 Say = Callable[[str], None]
 
 
-def check_suite(suite: SuiteConfig, config: RunConfig) -> None:
-    """Refuse a suite that a run's data cannot serve.
+def check_suite(suite: SuiteConfig, config: RunConfig) -> SuiteConfig:
+    """Return the suite with what the run's data decide filled in; refuse one that they cannot serve.
 
     Raises:
-        ConfigError: an unknown metric, one that needs other data, or a CLIP pair that cannot serve it.
+        ConfigError: an unknown metric, one that needs other data, a split that the data do not have, or a CLIP pair
+            that cannot serve it.
     """
+    suite = suite.for_data(config.data.name)
+    if "heldout" in suite.splits and config.data.name not in COMBINATIONS:
+        raise ConfigError(
+            f"suite.splits: 'heldout' needs data whose combinations are known (data.name {', '.join(COMBINATIONS)}), "
+            f"the run has {config.data.name!r}; leave suite.splits out, or set it to [seen]: the pictures of "
+            f"data.val_fraction, which training does not see"
+        )
     if suite.clip != TINY and suite.clip.partition(":")[0] not in ("clip", "openclip"):
         raise ConfigError(f"suite.clip must be {TINY}, clip:FOLDER or openclip:NAME@FILE, got {suite.clip!r}")
     if "retrieval" in suite.metrics and suite.clip == TINY and config.data.name not in ("shapes", "emoji"):
@@ -70,8 +78,10 @@ def check_suite(suite: SuiteConfig, config: RunConfig) -> None:
             )
         if needed is not None and needed != config.data.name:
             raise ConfigError(
-                f"suite.metrics: {name!r} needs data.name {needed!r}, the run has {config.data.name!r}; leave it out"
+                f"suite.metrics: {name!r} needs data.name {needed!r}, the run has {config.data.name!r}; leave it out, "
+                f"or leave suite.metrics out: then it is {list(SuiteConfig().for_data(config.data.name).metrics)}"
             )
+    return suite
 
 
 def evaluate_run(
@@ -106,7 +116,7 @@ def evaluate_run(
     path = Path(checkpoint) if checkpoint is not None else find_checkpoint(run_dir)
     run_dir = Path(out or run_dir)
     config = load_config(path / "config.yaml")
-    check_suite(suite, config)
+    suite = check_suite(suite, config)
     references = references or load_references(config, suite)
     count = num_images or suite.num_images
     used = {split: reference.head(count) for split, reference in references.items()}
@@ -148,6 +158,7 @@ def evaluate_run(
     result: dict[str, Any] = {
         "suite": suite.name,
         "run": name or config.name,
+        "data": config.data.name,
         "images_seen": int(path.name),
         "checkpoint_sha256": weights_hash,
         "stamp": stamp,
@@ -204,7 +215,7 @@ def evaluate_ceiling(
     captions, are farther from the reference than what a good denoiser draws (seen: Fréchet 10.9 against 2.5). Stored in
     `out` (JSON) with the pictures beside it.
     """
-    check_suite(suite, config)
+    suite = check_suite(suite, config)
     references = references or load_references(config, suite)
     vae = vae or load_run_vae(config.encoders)
     used = {split: reference.head(suite.num_images) for split, reference in references.items()}
@@ -244,6 +255,7 @@ def _encoders(config: EncodersConfig) -> tuple[AutoencoderKL, TextEncoders]:
 def load_references(config: RunConfig, suite: SuiteConfig) -> dict[str, Reference]:
     """Load the items of each split that the suite looks at: a fixed random choice, equal for equal data and seed."""
     found: dict[str, Reference] = {}
+    suite = suite.for_data(config.data.name)
     extractor = load_clip(suite.clip) if suite.extractor == suite.clip else load_extractor(suite.extractor)
     for split in suite.splits:
         dataset = make_dataset(config.data, split)
@@ -254,8 +266,13 @@ def load_references(config: RunConfig, suite: SuiteConfig) -> dict[str, Referenc
 def _items(dataset: Any, split: str, suite: SuiteConfig, count: int) -> np.ndarray:
     order = rng.generator(suite.seed, "metric", 0).permutation(len(dataset))
     if len(order) < 2:
-        raise ConfigError(f"the split {split!r} has {len(order)} item(s); a suite needs at least 2")
+        raise ConfigError(too_few(split, len(order)))
     return order[:count]
+
+
+def too_few(split: str, count: int) -> str:
+    """Say that a split cannot be judged."""
+    return f"the split {split!r} has {count} item(s), a suite needs at least 2; raise data.val_fraction"
 
 
 def _reference(dataset: Any, split: str, indices: np.ndarray, suite: SuiteConfig, extractor: Extractor) -> Reference:

@@ -44,7 +44,9 @@ def sweep_run(
         ConfigError: no scales, one twice, or a suite without the two metrics.
         FileNotFoundError, CheckpointError: no run, no whole checkpoint.
     """
-    suite = suite or SuiteConfig()
+    path = Path(checkpoint) if checkpoint is not None else find_checkpoint(run_dir)
+    config = load_config(path / "config.yaml")
+    suite = (suite or SuiteConfig()).for_data(config.data.name)
     distance = next((name for name in UP if name in suite.metrics), None)
     if ACROSS not in suite.metrics or distance is None:
         raise ConfigError(
@@ -52,8 +54,6 @@ def sweep_run(
         )
     if not scales or len(set(scales)) != len(scales) or min(scales) < 0:
         raise ConfigError(f"--scales: give each guidance scale >= 0 once, got {list(scales)}")
-    path = Path(checkpoint) if checkpoint is not None else find_checkpoint(run_dir)
-    config = load_config(path / "config.yaml")
     sampling = suite.sampling or config.sampling
     references = load_references(config, suite)
     points: list[dict[str, Any]] = []
@@ -70,6 +70,7 @@ def sweep_run(
         points.append({"guidance_scale": float(scale), "scores": scores})
     table: dict[str, Any] = {
         "run": config.name,
+        "data": config.data.name,
         "images_seen": int(path.name),
         "across": ACROSS,
         "up": distance,

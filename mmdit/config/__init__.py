@@ -63,6 +63,7 @@ from mmdit.config.rows import (
     trainings,
 )
 from mmdit.config.run import (
+    COMBINATIONS,
     RunConfig,
     SuiteConfig,
     check_guidance,
@@ -78,6 +79,7 @@ from mmdit.config.study import (
 )
 
 __all__ = [
+    "COMBINATIONS",
     "CONDITIONING_AXES",
     "AttentionConfig",
     "BudgetConfig",

@@ -20,13 +20,16 @@ from mmdit.registry import nearest, unknown
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error, not the last one silently."""
 
+    file = ""
+
 
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
-            raise ConfigError(f"{key_node.start_mark}: the key {key!r} stands twice; remove one")
+            line = key_node.start_mark.line + 1
+            raise ConfigError(f"{loader.file}, line {line}: the key {key!r} stands twice; rename or remove one")
         seen.add(key)
     # YAML reads the bare key `null` (encoders.null) as None
     mapping = yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
@@ -50,7 +53,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         hint = f"; did you mean {guess}?" if guess else "; see configs/ for the ones that are shipped"
         raise FileNotFoundError(f"no config file {path}{hint}")
     try:
-        tree = _UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
+        loader = _UniqueKeyLoader(path.read_text(encoding="utf-8"))
+        loader.file = str(path)
+        tree = loader.get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if tree is None:

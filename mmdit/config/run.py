@@ -130,13 +130,20 @@ def check_guidance(model: ModelConfig, encoders: EncodersConfig, sampling: Sampl
         )
 
 
+# data whose combinations are known, so that some are held out of training; and the metric that asks for them
+COMBINATIONS = {"shapes": "composition", "emoji": "retrieval"}
+
+
 class SuiteConfig(Config):
-    """What is measured on a run. `guidance_scale` and the like are the run's own `sampling` unless given here."""
+    """What is measured on a run. `guidance_scale` and the like are the run's own `sampling` unless given here.
+
+    `metrics` and `splits` left empty are what the run's data can serve (`for_data`).
+    """
 
     name: str = "default"
-    metrics: tuple[str, ...] = ("composition", "clip_score", "frechet", "kernel", "validation_loss")
+    metrics: tuple[str, ...] = ()
     num_images: PositiveInt = 1_000  # per split
-    splits: tuple[Literal["seen", "heldout"], ...] = ("seen", "heldout")
+    splits: tuple[Literal["seen", "heldout"], ...] = ()
     batch_size: PositiveInt = 128
     seed: NonNegativeInt = 1234
     extractor: str = "tiny_clip"
@@ -146,3 +153,22 @@ class SuiteConfig(Config):
     sampling: SamplingConfig | None = None
     snapshot_images: NonNegativeInt = 0  # images per split at each kept earlier checkpoint; 0: final only
     grid_prompts: PositiveInt = 16  # pictures in the report's grid
+
+    def for_data(self, data: str) -> SuiteConfig:
+        """Fill in the metrics and splits that a kind of data can serve, where none are given.
+
+        Pictures of one's own have captions but no known combinations: their `seen` are those kept out of training
+        (`data.val_fraction`), and there is no `heldout`. The tiny CLIP pair does not know what is on them.
+
+        Args:
+            data: `data.name` of the run.
+        """
+        made = data in COMBINATIONS
+        first = (COMBINATIONS[data],) if made else ()
+        clip = ("clip_score",) if made or self.clip != "tiny_clip" else ()
+        return self.model_copy(
+            update={
+                "metrics": self.metrics or (*first, *clip, "frechet", "kernel", "validation_loss"),
+                "splits": self.splits or (("seen", "heldout") if made else ("seen",)),
+            }
+        )

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from mmdit.config import ImagesConfig
 from mmdit.data.buckets import Size, bucket_sizes, nearest_bucket
 from mmdit.encoders.tokenizers import clean
-from mmdit.registry import unknown
+from mmdit.registry import nearest, unknown
 
 SPLITS = ("train", "val", "seen")
 MAX_PIXELS = 64_000_000  # a picture of more is taken for a decompression bomb
@@ -211,9 +211,11 @@ def _load(source: str, split: str) -> Any:
     try:
         return datasets.load_dataset(source, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # ConnectionError is an OSError
+        guess = nearest(source, (entry.name for entry in Path().iterdir()))
+        hint = f"; did you mean the folder or file {guess!r} here?" if guess else ""
         raise FileNotFoundError(
-            f"{source} is neither a local path nor could it be loaded as a hub data set, which needs the "
-            f"network (or an earlier download): {type(error).__name__}: {error}"
+            f"data.source {source!r} is neither a local path nor could it be loaded as a hub data set, which needs the "
+            f"network (or an earlier download): {type(error).__name__}: {error}{hint}"
         ) from error
 
 

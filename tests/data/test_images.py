@@ -244,7 +244,7 @@ def test_a_hub_name_without_network_says_so(monkeypatch):
         raise ConnectionError("Couldn't reach the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(FileNotFoundError, match=r"someone/pictures is neither a local path.*needs the network"):
+    with pytest.raises(FileNotFoundError, match=r"'someone/pictures' is neither a local path.*needs the network"):
         make_dataset(config("someone/pictures"), "train")
 
 

@@ -94,7 +94,7 @@ def test_what_cannot_be_a_study_is_refused_in_words(write, changes, message):
 def test_a_row_written_twice_is_refused_by_name(write):
     file = write()
     file.write_text(file.read_text().replace("rows:\n  plain: {}", "rows:\n  plain: {}\n  plain: {}"))
-    with pytest.raises(ConfigError, match=r"key 'plain' stands twice"):
+    with pytest.raises(ConfigError, match=rf"{file.name}, line \d+: the key 'plain' stands twice"):
         load(file)
 
 
@@ -177,6 +177,7 @@ def test_time_and_disk_are_told_beforehand(write):
     assert cell_seconds(plan, "a") == 3 * plan.costs["a"].flops * 48 / STATED_RATE
     assert cell_seconds(plan, "b") == disk_bytes(plan, "b") == 0
     assert disk_bytes(plan, "a") == 16 * plan.costs["a"].parameters * plan.first("a").train.keep_checkpoints
+    assert disk_bytes(plan, "a") == 4 * disk_bytes(plan, "a", pruned=True)
 
 
 # --- books ------------------------------------------------------------------------------------------------------
