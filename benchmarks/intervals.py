@@ -22,6 +22,8 @@ from mmdit_eval.set_intervals import (
     cmmd_interval,
     frechet_infinity_interval,
     frechet_interval,
+    influence_interval,
+    kernel_influence,
     kernel_interval,
     paired_frechet_difference,
     paired_kernel_difference,
@@ -153,11 +155,18 @@ def cases() -> list[Case]:
             small,
             lambda s: paired_kernel_difference(s.a1, s.a2, s.true, reference="paired"),
         ),
+        Case("kernel difference of stored results, paired; d 8", small, stored_kernel_difference),
         Case("cmmd, drawn; d 8", small, lambda s: cmmd_interval(s.a1, s.b)),
         Case("mean of 200, bootstrap", World(200, 200, 1), lambda s: mean_interval(s.b[:, 0], draws=400), 0.0),
         Case("mean over 3 seeds, t", World(8, 8, 1), lambda s: seed_interval(s.b[:3, 0]), 0.0),
     ]
     return found
+
+
+def stored_kernel_difference(sets: Sets) -> Estimate:
+    """As `compare` makes it, of two results that keep influences and no features."""
+    (one, of_one), (two, of_two) = (kernel_influence(run, sets.true, reference="paired") for run in (sets.a1, sets.a2))
+    return influence_interval(one["value"] - two["value"], of_one - of_two, None, "fixed")
 
 
 def coverage(case: Case, repetitions: int, start: int = 0) -> dict[str, Any]:

@@ -134,6 +134,11 @@ class Measured:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+def rounded(influence: np.ndarray) -> list[float]:
+    """Return influences as a result keeps them, to six digits."""
+    return [float(f"{value:.6g}") for value in influence]
+
+
 # --- looks ------------------------------------------------------------------------------------------------------
 
 

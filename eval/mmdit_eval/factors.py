@@ -16,6 +16,7 @@ import scipy.linalg
 
 from mmdit_eval.moments import FloatArray, Moments, check_eigenvalues
 
+_CACHED = 128  # rows that stay in a cache from one step to the next
 EPSILON = float(np.finfo(np.float64).eps)
 
 
@@ -58,11 +59,14 @@ def _factor_of_rows(rows: FloatArray, mean: FloatArray) -> Factor:
     carries (1, ..., 1) / √N to the first axis leaves FᵀF as it is.
     """
     n = len(rows)
-    centred = rows - mean
-    centred -= centred.mean(0)  # what rounding left of the sum would be carried into every row
-    centred /= np.sqrt(n - 1)
-    matrix = centred[1:]
-    matrix += centred[0] / (np.sqrt(n) - 1)
+    matrix = rows - mean
+    left = matrix.mean(0)  # what rounding left of the sum would be carried into every row
+    step = left - (matrix[0] - left) / (np.sqrt(n) - 1)
+    matrix = matrix[1:]
+    for start in range(0, n - 1, _CACHED):
+        block = matrix[start : start + _CACHED]
+        block -= step
+        block /= np.sqrt(n - 1)
 
     def coordinates(vectors: FloatArray) -> FloatArray:
         total = vectors.sum(0)

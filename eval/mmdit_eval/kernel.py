@@ -166,8 +166,13 @@ class Core:
         return rows, columns, squares
 
 
-def mmd_variance(first: Core, across: Core | None = None, second: Core | None = None, *, fixed: bool = False) -> float:
-    """Return the variance of mean(first) + mean(second) - 2 mean(across), drawn anew.
+def mmd_spread(
+    first: Core, across: Core | None = None, second: Core | None = None, *, fixed: bool = False
+) -> tuple[float, FloatArray]:
+    """Return the variance of mean(first) + mean(second) - 2 mean(across), drawn anew, and what each unit moves it by.
+
+    The influences [n], of mean zero, are those of the units of `first`; their mean square over n is the first order of
+    these units' share in the variance, with the noise of the second still in it.
 
     To second order: where the two distributions are equal the first order vanishes, and an interval of the first order
     alone would be empty there. Noise that the second order puts into the estimate of the first is taken off.
@@ -199,7 +204,8 @@ def mmd_variance(first: Core, across: Core | None = None, second: Core | None = 
                 noise = _second_order(rows, rows, squares, m - 1, m - 1, m * (m - 1)) / (m * (m - 1))
                 pairs, surplus, other = pairs + 2.0 * noise, surplus + 4.0 * noise, other + rows / (m - 1)
             spread = 4.0 * float(other.var(ddof=1)) / m
-    return pairs + max(0.0, 4.0 * float(projection.var(ddof=1)) / n + spread - surplus)
+    variance = pairs + max(0.0, 4.0 * float(projection.var(ddof=1)) / n + spread - surplus)
+    return variance, 2.0 * (projection - projection.mean())
 
 
 def _second_order(

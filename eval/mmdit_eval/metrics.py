@@ -18,12 +18,12 @@ from mmdit.config import EmojiConfig, SuiteConfig
 from mmdit.diffusion.loss import equidistant_levels
 from mmdit_eval.alignment import retrieve_captions, score_captions
 from mmdit_eval.distance_metrics import DISTANCES
-from mmdit_eval.drawn import VALIDATION_LEVELS, Drawn, Measured, Reference, training_features
+from mmdit_eval.drawn import VALIDATION_LEVELS, Drawn, Measured, Reference, rounded, training_features
 from mmdit_eval.features import hash_tensors, load_clip, tiny_clip
 from mmdit_eval.frechet import frechet_influence
 from mmdit_eval.inception_scores import inception_score_interval
 from mmdit_eval.neighbours import memorisation
-from mmdit_eval.set_intervals import influence_interval
+from mmdit_eval.set_intervals import cmmd_influence, influence_interval, kernel_influence
 from mmdit_eval.statistics import mean_interval, wilson_interval
 from mmdit_eval.tasks import task_table
 
@@ -98,8 +98,17 @@ def _frechet(drawn: Drawn) -> Measured:
     value, of_drawn, of_true = frechet_influence(drawn.features, drawn.look("true_features"))
     estimate = influence_interval(value, of_drawn, of_true, "paired")
     assert of_true is not None
-    influence = [float(f"{v:.6g}") for v in of_drawn + of_true]
-    return Measured({"frechet": estimate}, influence={"frechet": influence})
+    return Measured({"frechet": estimate}, influence={"frechet": rounded(of_drawn + of_true)})
+
+
+def _kernel(drawn: Drawn) -> Measured:
+    estimate, influence = kernel_influence(drawn.features, drawn.look("true_features"), reference="paired")
+    return Measured({"kernel": estimate}, influence={"kernel": rounded(influence)})
+
+
+def _cmmd(drawn: Drawn) -> Measured:
+    estimate, influence = cmmd_influence(drawn.features, drawn.look("true_features"), reference="paired")
+    return Measured({"cmmd": estimate}, influence={"cmmd": rounded(influence)})
 
 
 def _inception_score(drawn: Drawn) -> Measured:
@@ -216,7 +225,10 @@ METRICS: dict[str, Metric] = {
     "retrieval": Metric(_retrieval, judged_by=_retrieval_stamp, looks=("clip_embeds",)),
     "clip_score": Metric(_clip_score, judged_by=_clip_stamp, looks=("clip_embeds",)),
     "frechet": Metric(_frechet, looks=SETS),
-    **{name: Metric(_distance(name), looks=SETS) for name in DISTANCES if name != "frechet"},
+    "frechet_infinity": Metric(_distance("frechet_infinity"), looks=SETS),
+    "kernel": Metric(_kernel, looks=SETS),
+    "cmmd": Metric(_cmmd, looks=SETS),
+    "precision_recall": Metric(_distance("precision_recall"), looks=SETS),
     "inception_score": Metric(_inception_score, logits=True, judge=lambda: "logits without bias", looks=("features",)),
     "memorisation": Metric(_memorisation, looks=SETS),
     "validation_loss": Metric(_validation_loss, looks=("losses",)),

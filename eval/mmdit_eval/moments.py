@@ -105,10 +105,10 @@ class Moments:
 
     @property
     def rows(self) -> FloatArray | None:
-        """Every row seen, [N, d], while N <= d; None afterwards."""
+        """Every row seen, [N, d], while N <= d; None afterwards. Not to be written to."""
         if self._folded or self.width is None or self.count is None or self.count > self.width:
             return None
-        return np.concatenate(self._pending)
+        return self._pending[0] if len(self._pending) == 1 else np.concatenate(self._pending)
 
     @property
     def mean(self) -> FloatArray:

@@ -24,7 +24,7 @@ import scipy.stats
 
 from mmdit_eval.extrapolation import SPLITS, frechet_infinity
 from mmdit_eval.frechet import frechet_influence
-from mmdit_eval.kernel import Core, Kernel, gaussian, mmd, mmd_variance, normalised, polynomial
+from mmdit_eval.kernel import Core, Kernel, gaussian, mmd, mmd_spread, normalised, polynomial
 from mmdit_eval.moments import FloatArray, Moments, check_features, check_pair
 from mmdit_eval.statistics import LEVEL, Estimate
 
@@ -108,9 +108,16 @@ def kernel_interval(
         ValueError: as `kernel_distance`, or pairs of unequal number.
     """
     a, b = check_pair(a, b)
-    kernel = polynomial(a.shape[1], degree, gamma, coef0)
-    value = mmd(a, b, kernel, paired=_checked(a, b, reference) == "paired")
-    return _mmd_interval(value, a, b, kernel, 1.0, reference, level)
+    return _mmd_interval(a, b, polynomial(a.shape[1], degree, gamma, coef0), reference, level)[0]
+
+
+def kernel_influence(a: Any, b: Any, *, reference: Reference | None = None) -> tuple[Estimate, FloatArray]:
+    """Return `kernel_interval` and how much each row of `a` moves the distance, [N_a] of mean zero.
+
+    With reference "paired" it is row i of both sets that moves it.
+    """
+    a, b = check_pair(a, b)
+    return _mmd_interval(a, b, polynomial(a.shape[1]), reference, LEVEL)
 
 
 def cmmd_interval(
@@ -129,9 +136,13 @@ def cmmd_interval(
         ValueError: as `cmmd`, or pairs of unequal number.
     """
     a, b = (normalised(x) for x in check_pair(a, b))
-    kernel = gaussian(sigma)
-    value = scale * mmd(a, b, kernel, biased=not unbiased, paired=_checked(a, b, reference) == "paired")
-    return _mmd_interval(value, a, b, kernel, scale, reference, level)
+    return _mmd_interval(a, b, gaussian(sigma), reference, level, scale=scale, biased=not unbiased)[0]
+
+
+def cmmd_influence(a: Any, b: Any, *, reference: Reference | None = None) -> tuple[Estimate, FloatArray]:
+    """Return `cmmd_interval` and how much each row of `a` moves the distance, as `kernel_influence`."""
+    a, b = (normalised(x) for x in check_pair(a, b))
+    return _mmd_interval(a, b, gaussian(10.0), reference, LEVEL, scale=1_000.0, biased=True)
 
 
 def paired_frechet_difference(
@@ -191,24 +202,33 @@ def paired_kernel_difference(
     own = [(1.0, a1, a1), (-1.0, a2, a2)]
     if kind == "paired":
         mixed = [(-1.0, a1, b), (-1.0, b, a1), (1.0, a2, b), (1.0, b, a2)]
-        variance = mmd_variance(Core(kernel, own + mixed))
+        variance, _ = mmd_spread(Core(kernel, own + mixed))
     else:
         across = Core(kernel, [(1.0, a1, b), (-1.0, a2, b)])
-        variance = mmd_variance(Core(kernel, own), across, fixed=kind == "fixed")
+        variance, _ = mmd_spread(Core(kernel, own), across, fixed=kind == "fixed")
     return _estimate(value, variance, a1[:, 0], b[:, 0], f"paired delta, reference {kind}", level)
 
 
 def _mmd_interval(
-    value: float, a: FloatArray, b: FloatArray, kernel: Kernel, scale: float, reference: Reference | None, level: float
-) -> Estimate:
+    a: FloatArray,
+    b: FloatArray,
+    kernel: Kernel,
+    reference: Reference | None,
+    level: float,
+    *,
+    scale: float = 1.0,
+    biased: bool = False,
+) -> tuple[Estimate, FloatArray]:
     own, kind = Core(kernel, [(1.0, a, a)]), _checked(a, b, reference)
+    value = scale * mmd(a, b, kernel, biased=biased, paired=kind == "paired")
     if kind == "paired":
-        variance = mmd_variance(Core(kernel, [(1.0, a, a), (1.0, b, b), (-1.0, a, b), (-1.0, b, a)]))
+        found = mmd_spread(Core(kernel, [(1.0, a, a), (1.0, b, b), (-1.0, a, b), (-1.0, b, a)]))
     elif kind == "fixed":
-        variance = mmd_variance(own, Core(kernel, [(1.0, a, b)]), fixed=True)
+        found = mmd_spread(own, Core(kernel, [(1.0, a, b)]), fixed=True)
     else:
-        variance = mmd_variance(own, Core(kernel, [(1.0, a, b)]), Core(kernel, [(1.0, b, b)]))
-    return _estimate(value, scale**2 * variance, a[:, 0], b[:, 0], f"delta, reference {kind}", level)
+        found = mmd_spread(own, Core(kernel, [(1.0, a, b)]), Core(kernel, [(1.0, b, b)]))
+    variance, influence = found
+    return _estimate(value, scale**2 * variance, a[:, 0], b[:, 0], f"delta, reference {kind}", level), scale * influence
 
 
 def _checked(a: Any, b: Any, reference: Reference | None) -> Reference:

@@ -17,12 +17,12 @@ import torch
 from mmdit_eval.alignment import retrieve_captions, score_captions
 from mmdit_eval.clip_score import Texts, embed_texts
 from mmdit_eval.distance_metrics import NEIGHBOURS
-from mmdit_eval.drawn import Measured
+from mmdit_eval.drawn import Measured, rounded
 from mmdit_eval.features import Extractor
 from mmdit_eval.frechet import FloatArray, frechet_influence
 from mmdit_eval.inception_scores import inception_score, inception_score_interval
 from mmdit_eval.neighbours import manifold_intervals, memorisation
-from mmdit_eval.set_intervals import cmmd_interval, frechet_infinity_interval, influence_interval, kernel_interval
+from mmdit_eval.set_intervals import cmmd_influence, frechet_infinity_interval, influence_interval, kernel_influence
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Pair:
 def _frechet(pair: Pair) -> Measured:
     value, of_fake, of_real = frechet_influence(pair.fake, pair.real)
     estimate = influence_interval(value, of_fake, of_real, "fixed" if of_real is None else "drawn")
-    return Measured({"frechet": estimate}, influence={"frechet": [float(f"{v:.6g}") for v in of_fake]})
+    return Measured({"frechet": estimate}, influence={"frechet": rounded(of_fake)})
 
 
 def _frechet_infinity(pair: Pair) -> Measured:
@@ -94,7 +94,8 @@ def _frechet_infinity(pair: Pair) -> Measured:
 
 
 def _kernel(pair: Pair) -> Measured:
-    return Measured({"kernel": kernel_interval(pair.fake, pair.rows())})
+    estimate, influence = kernel_influence(pair.fake, pair.rows())
+    return Measured({"kernel": estimate}, influence={"kernel": rounded(influence)})
 
 
 def _cmmd(pair: Pair) -> Measured:
@@ -105,7 +106,8 @@ def _cmmd(pair: Pair) -> Measured:
             "(--extractor clip:FOLDER)",
             stacklevel=2,
         )
-    return Measured({"cmmd": cmmd_interval(pair.fake, pair.rows())})
+    estimate, influence = cmmd_influence(pair.fake, pair.rows())
+    return Measured({"cmmd": estimate}, influence={"cmmd": rounded(influence)})
 
 
 def _precision_recall(pair: Pair) -> Measured:

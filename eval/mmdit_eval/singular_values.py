@@ -117,13 +117,9 @@ def _graded(product: FloatArray) -> tuple[FloatArray, float]:
     Args:
         product: [r, s], r <= s. Its longest rows are taken first, so that R falls whatever their order was.
     """
-    upper = _triangle(product[np.argsort(-np.einsum("ij,ij->i", product, product))])
+    ordered = product[np.argsort(-np.einsum("ij,ij->i", product, product))]
+    factored, _, _ = lapack.dgeqrt(min(_BLOCK, len(ordered)), ordered.T, overwrite_a=1)
+    upper = np.asfortranarray(factored[: len(ordered)])  # nobody reads below its diagonal
     known = _log_determinant(upper)
     squared, _ = lapack.dlauum(upper, lower=0, overwrite_c=1)
     return np.asfortranarray(squared.T), known
-
-
-def _triangle(rows: FloatArray) -> FloatArray:
-    """Return R [r, r] of rowsᵀ = Q R; `rows` is written over."""
-    factored, _, _ = lapack.dgeqrt(min(_BLOCK, len(rows)), rows.T, overwrite_a=1)
-    return np.tril(factored[: len(rows)].T).T  # in the order of LAPACK

@@ -64,7 +64,7 @@ def test_a_folder_is_judged_against_a_folder(folders, scenes, capsys):
 
 
 def test_two_sets_are_compared_picture_by_picture_and_unlike_ones_are_refused(folders, capsys):
-    metrics = ["--metrics", "frechet", "clip_score", "--captions", str(folders / "captions.txt")]
+    metrics = ["--metrics", "frechet", "kernel", "cmmd", "clip_score", "--captions", str(folders / "captions.txt")]
     main(words(folders, *metrics, out="a.json", fake="real"))
     main(words(folders, *metrics, out="b.json"))
     assert main(["compare", str(folders / "a.json"), str(folders / "b.json"), "--out", str(folders / "d.json")]) == 0
@@ -79,6 +79,16 @@ def test_two_sets_are_compared_picture_by_picture_and_unlike_ones_are_refused(fo
     assert distance["value"] == pytest.approx(values[0] - values[1])
     assert distance["high"] - distance["value"] < 2 * (distance["value"] - distance["low"])  # it has one
     assert distance["method"] == "paired delta, at this N, reference fixed"
+    for name, method in (("kernel", "reference fixed"), ("cmmd", "at this N, reference fixed")):
+        found = json.loads((folders / "d.json").read_text())["differences"]["images"][name]
+        values = [side["splits"]["images"]["scores"][name]["value"] for side in (a, b)]
+        assert found["value"] == pytest.approx(values[0] - values[1])
+        assert found["low"] < found["value"] < found["high"]
+        assert found["method"] == f"paired delta, {method}"
+    fewer = json.loads((folders / "b.json").read_text())
+    fewer["splits"]["images"]["influence"]["kernel"].pop()
+    with pytest.raises(ValueError, match=r"images\.kernel has 24 pictures in .* and 23 in"):
+        compare(a, fewer)
     short = json.loads((folders / "b.json").read_text())
     short["splits"]["images"]["per_image"]["clip_score"].pop()
     with pytest.raises(ValueError, match=r"images\.clip_score has 24 pictures in .* and 23 in"):

@@ -9,6 +9,7 @@ import pytest
 from mmdit_eval import cmmd, frechet_distance, kernel_distance, statistics
 from mmdit_eval.extrapolation import frechet_infinity
 from mmdit_eval.moments import Moments
+from mmdit_eval.set_intervals import cmmd_influence, influence_interval, kernel_influence
 from mmdit_eval.statistics import (
     cmmd_interval,
     frechet_infinity_interval,
@@ -67,6 +68,38 @@ def test_the_width_is_that_of_leaving_out_one_sample_at_a_time(interval, distanc
         variance += (n - 1) ** 2 * right.var(ddof=1) / n
     expected = 1.9760 * np.sqrt(variance)
     assert half(interval(a, b, reference=reference)) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("reference", ["fixed", "paired"])
+@pytest.mark.parametrize("which", ["kernel", "cmmd"])
+def test_influences_on_a_kernel_distance_are_what_leaving_out_one_row_changes(which, reference):
+    n = 60
+    a, b = draw(n, 3, 0, 0.8), draw(n, 3, 1)
+    estimate, influence = {"kernel": kernel_influence, "cmmd": cmmd_influence}[which](a, b, reference=reference)
+    interval = {"kernel": kernel_interval, "cmmd": cmmd_interval}[which](a, b, reference=reference)
+    assert estimate == interval
+    paired = reference == "paired"
+    distance = functools.partial({"kernel": kernel_distance, "cmmd": cmmd}[which], paired=paired)
+    left = []
+    for i in range(n):
+        keep = np.delete(np.arange(n), i)
+        left.append(distance(a[keep], b[keep] if paired else b))
+    expected = (n - 1) * (np.mean(left) - np.array(left))
+    assert influence.mean() == pytest.approx(0, abs=1e-9 * np.abs(influence).max())
+    assert influence == pytest.approx(expected, abs=0.05 * np.abs(expected).max())
+
+
+def test_influences_of_two_runs_give_the_interval_of_their_difference():
+    """As `compare` does from stored results, without the features."""
+    prompts = draw(400, 6, 9)
+    a1, a2, b = prompts + draw(400, 6, 0, 0.5), prompts + draw(400, 6, 1, 0.2), 1.4 * draw(400, 6, 2)
+    for reference in ("fixed", "paired"):
+        (one, of_one), (two, of_two) = (kernel_influence(x, b, reference=reference) for x in (a1, a2))
+        found = influence_interval(one["value"] - two["value"], of_one - of_two, None, "fixed")
+        expected = paired_kernel_difference(a1, a2, b, reference=reference)
+        assert found["value"] == pytest.approx(expected["value"], rel=1e-9)
+        assert half(found) == pytest.approx(half(expected), rel=0.03)
+        assert half(found) < 0.9 * np.hypot(half(one), half(two))
 
 
 def test_what_both_runs_share_cancels_in_their_difference():
