@@ -79,6 +79,7 @@ FAULTS: dict[str, Fault] = {
     "F10": Fault(
         "pictures of 40 kinds, and mutated PNG, JPEG, WebP, GIF",
         "1,000 mutations: no process dies, each reject with path and reason, memory < 1 GB, EXIF and 16 bit exact",
+        "pictures",
     ),
     "F11": Fault(
         "captions: empty, 10k characters, NUL, BOM, surrogates, right to left, emoji",

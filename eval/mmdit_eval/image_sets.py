@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmdit.data.images import SUFFIXES, DataError, decode, image_bytes, open_table, row_name, square
+from mmdit.data.images import FORMATS, SUFFIXES, DataError, decode, image_bytes, open_table, row_name, square
 
 _TABLES = ("*.parquet", "*.arrow", "dataset_dict.json", "state.json")
 _ROTATED = (5, 6, 7, 8)  # values of EXIF's orientation that swap height and width
@@ -122,8 +122,8 @@ def open_images(
     if found.decode is _decode:
         _check_heads(found, sizes)
     if side:
-        whole = found.decode
-        found = replace(found, side=side, decode=lambda data: square(Image.fromarray(whole(data)), side))
+        whole = decode if found.decode is _decode else lambda data, of=found.decode: Image.fromarray(of(data))
+        found = replace(found, side=side, decode=lambda data: square(whole(data), side))
     return found
 
 
@@ -199,12 +199,12 @@ def _check_heads(images: ImageSet, sizes: str) -> None:
 
     def look(index: int) -> tuple[int, int] | str:
         try:
-            picture = Image.open(io.BytesIO(images._data(index)))
+            picture = Image.open(io.BytesIO(images._data(index)), formats=FORMATS)
             # Pillow decodes a whole PNG in search of EXIF that stands behind the pixels: nobody writes it there
             seeking = picture.format != "PNG" or "exif" in picture.info
             turned = seeking and picture.getexif().get(0x0112) in _ROTATED
             return (picture.height, picture.width)[:: -1 if turned else 1]  # type: ignore[return-value]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises whatever comes to it on broken files
             reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error)
             return f"{images.names[index]}: {reason}"
 

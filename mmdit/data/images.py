@@ -30,9 +30,12 @@ SPLITS = ("train", "val", "seen")
 MAX_PIXELS = 64_000_000  # a picture of more is taken for a decompression bomb
 
 # what Pillow may open: its other decoders start programs or read formats nobody trains on
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
+# suffix: the reader of `datasets`; its others (pandas) unpickle, and an unknown name would be asked of the hub
+_TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 _LISTED = 20  # bad items an error names
+_STRIP = 256  # rows converted at a time
 _LOG = logging.getLogger(__name__)
 
 
@@ -50,31 +53,44 @@ def decode(data: bytes) -> Image.Image:
         ValueError: not a picture, truncated, too large, or of a mode whose range is unknown.
     """
     try:
-        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}")
         picture.load()
-        return to_rgb(ImageOps.exif_transpose(picture))
+        ImageOps.exif_transpose(picture, in_place=True)
+        return to_rgb(picture)
     except Image.UnidentifiedImageError:
         start = f"begins with {data[:8]!r}" if data else "empty"
         raise ValueError(f"not a picture ({start})") from None
-    # Pillow's decoders raise any of these on broken files
-    except (OSError, SyntaxError, EOFError, IndexError, TypeError, Image.DecompressionBombError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever comes to them on broken files
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Convert a picture of any mode to RGB, transparent parts on white."""
     if picture.mode.startswith("I;16"):  # convert("RGB") would saturate nearly every pixel
-        grey = np.asarray(picture).astype(np.float64) / 257
-        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+        grey = np.empty((picture.height, picture.width), dtype=np.uint8)
+        for top in range(0, picture.height, _STRIP):  # whole, 64 million pixels would take 1.5 GiB
+            part = picture.crop((0, top, picture.width, min(top + _STRIP, picture.height)))
+            grey[top : top + _STRIP] = np.rint(np.asarray(part).astype(np.float64) / 257)
+        return Image.fromarray(grey).convert("RGB")
     if picture.mode in ("I", "F"):
         raise ValueError(f"mode {picture.mode}: numbers without a known range; save it with 8 or 16 bits")
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        return _on_white(picture)
     return picture.convert("RGB")
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """Lay a picture with transparent parts on white, a strip at a time: whole, it would be in memory four times."""
+    found = Image.new("RGB", picture.size)
+    for top in range(0, picture.height, _STRIP):
+        part = picture.crop((0, top, picture.width, min(top + _STRIP, picture.height)))
+        white = Image.new("RGBA", part.size, "white")
+        found.paste(Image.alpha_composite(white, part.convert("RGBA")).convert("RGB"), (0, top))
+    return found
 
 
 def square(picture: Image.Image, resolution: int) -> np.ndarray:
@@ -189,10 +205,13 @@ def _load(source: str, split: str) -> Any:
     """Load a `datasets` table from wherever the source points."""
     import datasets
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells a server which kind of local file was opened
     path = Path(source).expanduser()
+    if path.is_file() and path.suffix not in _TABLES:
+        raise DataError(f"{source}: no table that is read here; known: {', '.join(_TABLES)}, or a folder of pictures")
     try:
         if path.is_file():
-            return datasets.load_dataset(path.suffix.lstrip("."), data_files=str(path), split=split)
+            return datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split=split)
         if path.is_dir():
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
                 saved = datasets.load_from_disk(str(path))

@@ -92,6 +92,33 @@ def test_tables_are_read(tmp_path, form):
     assert both_splits(config(source)) == WANTED
 
 
+@pytest.mark.parametrize("suffix", [".pandas", ".pkl", ".zip", ".py", ".unknown"])
+def test_a_file_that_is_no_table_is_refused_before_a_reader_that_unpickles_gets_it(tmp_path, suffix):
+    """`datasets` has a reader called pandas, which unpickles; a name it does not know it asks the hub for."""
+    canary = tmp_path / "ran"
+    (tmp_path / f"x{suffix}").write_bytes(f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
+    with pytest.raises(DataError, match=r"no table that is read here; known: \.parquet"):
+        make_dataset(config(tmp_path / f"x{suffix}"), "train")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_pictures_converted_strip_by_strip_are_those_converted_whole(mode):
+    values = np.random.default_rng(1).integers(0, 256, (600, 7, 4), dtype=np.uint8)  # more than two strips
+    picture = Image.fromarray(values)
+    if mode == "I;16":
+        numbers = values.view(np.uint16)[..., 0]
+        expected = np.repeat(np.rint(numbers / 257).astype(np.uint8)[..., None], 3, axis=2)
+        assert np.array_equal(np.asarray(images.to_rgb(Image.fromarray(numbers))), expected)
+        return
+    picture = picture.quantize(64) if mode == "P" else picture.convert(mode)
+    if mode == "P":
+        picture.info["transparency"] = 3
+    white = Image.new("RGBA", picture.size, "white")
+    expected = np.asarray(Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB"))
+    assert np.array_equal(np.asarray(images.to_rgb(picture)), expected)
+
+
 def test_the_split_is_by_content_and_does_not_move_when_the_data_grows(tmp_path):
     data = make_dataset(config(sidecars(tmp_path / "a")), "val")
     before = set(data.captions(range(len(data))))
