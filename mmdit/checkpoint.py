@@ -21,6 +21,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def save_checkpoint(
     path = folder / f"{images_seen:012d}"
     temporary = folder / f"{TEMPORARY}{images_seen:012d}-{uuid.uuid4().hex[:8]}"
     try:
-        temporary.mkdir(parents=True)
+        make_folder(folder)
+        temporary.mkdir()
         for stem, table in tensors.items():
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in table.items()}
             save_file(contiguous, temporary / f"{stem}.safetensors")
@@ -450,6 +452,28 @@ def _sha256(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is the old one or the new one whatever happens, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write_text(temporary, text)
+        sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it, whose name outlives a loss of power."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    with suppress(PermissionError):  # a folder one may write into and not read
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:

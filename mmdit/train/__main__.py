@@ -6,6 +6,7 @@ The config is read before torch is imported, so a typo is answered at once.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,13 +66,37 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came before training could be asked to stop (or after it)."""
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        Exit code: 0 done, 1 diverged, 2 wrong config, 3 checkpoint, 4 out of memory,
-        75 interrupted and saved, 130 interrupted before there was anything to save.
+        Exit code: 0 done, 1 diverged, 2 wrong config, 3 the run folder or a checkpoint cannot be written or read,
+        4 out of memory, 75 run the same command again (a signal: saved, or SIGTERM before the first update),
+        130 interrupted by hand before there was anything to save.
     """
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    try:
+        previous = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        return _run(words)
+    try:
+        return _run(words)
+    except Terminated:
+        print("\nterminated before the first update; run the same command again", file=sys.stderr)
+        return 75
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(words: Sequence[str] | None) -> int:
+    """Run the command line; SIGTERM raises `Terminated` while no update can be saved."""
     own, overrides = split_overrides(sys.argv[1:] if words is None else words)
     arguments = tyro.cli(Arguments, args=own, prog="train")
     if arguments.cache is not None:
@@ -94,9 +119,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print(describe(config))
         return 0
     from mmdit.data.images import DataError
+    from mmdit.train.memory import OutOfMemoryError
     from mmdit.train.sources import build_sources, measure_statistics
     from mmdit.train.step import NonFiniteLossError
-    from mmdit.train.trainer import EXIT_INTERRUPTED, OutOfMemoryError, train
+    from mmdit.train.trainer import EXIT_INTERRUPTED, train
 
     try:
         if arguments.statistics:
@@ -119,6 +145,15 @@ def main(words: Sequence[str] | None = None) -> int:
     except OutOfMemoryError as error:
         print(error, file=sys.stderr)
         return 4
+    except OSError as error:
+        reason = f"{run_dir} cannot be written or read ({error})"
+        print(
+            f"{reason}. Its checkpoints are untouched: free disk space, or see to permissions, and go on",
+            file=sys.stderr,
+        )
+        return 3
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         print("\nstopped before the first update: there was nothing to save yet", file=sys.stderr)
         return 130

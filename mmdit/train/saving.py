@@ -24,11 +24,13 @@ from mmdit.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
     tensors_of,
+    write_whole,
 )
 from mmdit.train.optim import load_optimizer, optimizer_tensors
 from mmdit.train.run import Run, count_parameters
 from mmdit.train.shards import load_sharded, save_sharded
 
+COMPLETE = "complete.json"  # the marker of a finished run
 ROOM = 1.2  # free disk space wanted before a save, in sizes of the last checkpoint
 
 
@@ -248,7 +250,7 @@ def _mark_complete(run: Run, path: Path) -> None:
         "parameters": count_parameters(run.module),
         "checkpoint": path.name,
     }
-    (run.run_dir / "complete.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_whole(run.run_dir / COMPLETE, json.dumps(record, indent=1))
     run.log("event", event="complete")
 
 

@@ -32,6 +32,7 @@ from mmdit.checkpoint import (
     Checkpoint,
     CheckpointError,
     fingerprint,
+    make_folder,
     manifest_text,
     put_in_place,
     sync,
@@ -67,7 +68,8 @@ def save_sharded(
     mine: dict[str, dict[str, Any]] = {}
     try:
         if rank == 0:
-            temporary.mkdir(parents=True)
+            make_folder(folder)
+            temporary.mkdir()
     except OSError as error:
         problem = str(error)
     problem = _worst(problem, group)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -190,7 +191,7 @@ def update(
     # gradients are averaged over processes and the loss reduced: every process decides the same
     if not (math.isfinite(value) and math.isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteLossError(_blame(value, grad_norm, taken))
+        raise NonFiniteLossError(_blame(value, grad_norm, taken, config.train.num_processes))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(value, grad_norm, norms)
@@ -204,10 +205,14 @@ def _sync(accelerator: Any, denoiser: nn.Module, last: bool) -> Any:
     return nullcontext() if last else accelerator.no_sync(denoiser)
 
 
-def _blame(value: float, grad_norm: float, taken: Sequence[tuple[Batch, Tensor]]) -> str:
-    """Say which samples the numbers came from."""
+def _blame(value: float, grad_norm: float, taken: Sequence[tuple[Batch, Tensor]], processes: int) -> str:
+    """Say which samples the numbers came from, those of all processes; each of them must ask."""
     bad = [int(i) for batch, losses in taken for i in batch.indices[~torch.isfinite(losses).cpu().numpy()]]
     every = [int(i) for batch, _ in taken for i in batch.indices]
+    if processes > 1:
+        parts: list[Any] = [None] * processes
+        dist.all_gather_object(parts, (bad, every))
+        bad, every = ([i for part in parts for i in part[which]] for which in (0, 1))
     named = (
         f"samples with a non-finite loss: {bad}"
         if bad

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmdit.checkpoint import write_whole
 from mmdit.config import ConfigError, RunConfig, to_tree
 
 PACKAGES = ("mmdit-lab", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy", "pillow")
@@ -46,10 +48,9 @@ class Metrics:
     ) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if resumed_at is not None and r.get("images_seen", 0) <= resumed_at]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a", encoding="utf-8")
+        self._told = False
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second of imports, only where it is wanted
@@ -59,8 +60,19 @@ class Metrics:
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record: `train`, `validation` or `event`. `images_seen` is the x axis in TensorBoard."""
-        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+            self._file.flush()
+            self._report(kind, values)
+        except OSError as error:  # a full disk costs records, not the run; what is buffered is written once it can be
+            if not self._told:
+                print(
+                    f"\n{self.path} cannot be written ({error}); training goes on, records may be missing", flush=True
+                )
+            self._told = True
+
+    def _report(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Tell the numbers of a record to TensorBoard and wandb."""
         if kind == "event" or (self._board is None and self._wandb is None):
             return
         scalars = {f"{kind}/{name}": value for name, value in flat(values) if name != "images_seen"}
@@ -72,9 +84,11 @@ class Metrics:
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._file.close()
+        with suppress(OSError):  # told by `write`
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -158,7 +172,7 @@ def write_environment(run_dir: str | Path, **extra: Any) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         sessions = []
     sessions.append({key: now[key] for key in ("time", "commit", "dirty", "command")})
-    path.write_text(json.dumps({**now, "sessions": sessions}, indent=1), encoding="utf-8")
+    write_whole(path, json.dumps({**now, "sessions": sessions}, indent=1))
 
 
 def _git(folder: Path, *words: str) -> str | None:

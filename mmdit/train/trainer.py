@@ -26,15 +26,25 @@ from torch import nn
 from tqdm import tqdm
 
 from mmdit import rng
-from mmdit.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, load_checkpoint, sweep_temporaries
-from mmdit.config import ConfigError, RunConfig, TrainConfig, differences, load_config, to_tree, to_yaml
+from mmdit.checkpoint import (
+    CONFIG,
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    make_folder,
+    sweep_temporaries,
+    write_whole,
+)
+from mmdit.config import ConfigError, RunConfig, TrainConfig, differences, to_tree, to_yaml
 from mmdit.diffusion import build_schedule
 from mmdit.models import build_denoiser
 from mmdit.pipeline import configure_cpu
 from mmdit.train.ema import EMAs
+from mmdit.train.memory import first_line, memory_told
 from mmdit.train.optim import build_optimizer, lr_at, set_lr
 from mmdit.train.run import Run, count_parameters, due, spent, total_images
-from mmdit.train.saving import poll, restore, save, save_or_go_on
+from mmdit.train.saving import COMPLETE, poll, restore, save, save_or_go_on
 from mmdit.train.sharding import prepare_blocks, shard
 from mmdit.train.sources import build_sources
 from mmdit.train.step import BatchDrawer, NonFiniteLossError, Prefetcher, StepResult, micro_positions, update
@@ -55,10 +65,6 @@ RESUMABLE = (
     "train.timeout", "train.max_skips", "train.save_retries", "train.async_checkpoints",
     "train.wandb", "train.peak_tflops",
 )  # fmt: skip
-
-
-class OutOfMemoryError(RuntimeError):
-    """A training step did not fit into memory; the last checkpoint is untouched."""
 
 
 class Result(NamedTuple):
@@ -104,12 +110,14 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
     main = accelerator.is_main_process
     checkpoint = open_run(config, run_dir, resume, accelerator)
     accelerator.wait_for_everyone()
-    if checkpoint is not None and finished(checkpoint, config):
+    # without its marker, which a kill or a full disk has cost it, a finished run is ended once more
+    if checkpoint is not None and finished(checkpoint, config) and (run_dir / COMPLETE).is_file():
         return Result(True, checkpoint.state["images_seen"], checkpoint.state["seconds"], checkpoint.path)
 
-    run = build_run(config, run_dir, accelerator, progress and main)
-    if checkpoint is not None:
-        restore(run, checkpoint)
+    with memory_told(lambda error: _too_large_to_start(run_dir, error)):
+        run = build_run(config, run_dir, accelerator, progress and main)
+        if checkpoint is not None:
+            restore(run, checkpoint)
     if main:
         write_environment(run_dir, settings=hardware)
         resumed_at = run.images_seen if checkpoint else None
@@ -117,7 +125,8 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
         run.log("event", event="resume" if checkpoint else "start", parameters=count_parameters(run.module))
     with interruptible(accelerator) as should_stop:
         try:
-            return loop(run, should_stop, progress and main)
+            with memory_told(lambda error: _too_large_between(run, error)):
+                return loop(run, should_stop, progress and main)
         finally:
             if run.metrics is not None:
                 run.metrics.close()
@@ -189,7 +198,10 @@ def one_update(run: Run, drawer: Prefetcher, watch: Watch, budget: int) -> StepR
     batches: list[Any] = [lambda p=p, f=f: drawer.take(p, f) for p, f in zip(mine, following, strict=True)]
     parts = logging_due(run, budget, ahead=train.batch_size)
     try:
-        result = update(run.denoiser, run.optimizer, run.accelerator, batches, run.schedule, run.config, watch, parts)
+        with memory_told(lambda error: _too_large(run, error)):
+            result = update(
+                run.denoiser, run.optimizer, run.accelerator, batches, run.schedule, run.config, watch, parts
+            )
     except NonFiniteLossError as error:
         run.skipped += 1
         if run.skipped > train.max_skips:
@@ -199,10 +211,6 @@ def one_update(run: Run, drawer: Prefetcher, watch: Watch, budget: int) -> StepR
             left = f"update left out, {run.skipped} in a row of at most {train.max_skips}"
             print(f"\nimages {run.images_seen} to {after}: {error}; {left}", flush=True)
         return None
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(_too_large(run, error)) from error
     run.skipped = 0
     return result
 
@@ -220,13 +228,6 @@ def build_watch(run: Run) -> Watch:
     return Watch(device, training_flop(run.module, latents, conditioning), peak_tflops(device, train.peak_tflops))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell a full memory from other errors: CUDA has a class for it, the CPU allocator a RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "not enough memory" in str(error) or "out of memory" in str(error)
-
-
 # --- beginning and going on ---------------------------------------------------------------------------------------
 
 
@@ -236,7 +237,7 @@ def open_run(config: RunConfig, run_dir: Path, resume: str, accelerator: Acceler
     problems: list[str] = []
     latest = None
     if main:  # one process verifies for all
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         sweep_temporaries(run_dir)
         latest = latest_checkpoint(run_dir, problems.append)
         for problem in problems:
@@ -250,12 +251,8 @@ def open_run(config: RunConfig, run_dir: Path, resume: str, accelerator: Acceler
     if latest is not None:  # shards are read later, by each process its own
         own_part = config.train.sharding != "none" and (latest / "model").is_dir()
         checkpoint = load_checkpoint(latest, () if own_part else None, verified=True)
-    stored = run_dir / "config.yaml"
-    before = (
-        checkpoint.config if checkpoint else load_config(stored) if stored.is_file() and resume != "never" else None
-    )
-    if before is not None and checkpoint is not None:
-        mine, theirs = to_tree(config), to_tree(before)
+    if checkpoint is not None:
+        mine, theirs = to_tree(config), to_tree(checkpoint.config)
         changed = [
             field
             for field in differences(mine, theirs)
@@ -273,9 +270,7 @@ def open_run(config: RunConfig, run_dir: Path, resume: str, accelerator: Acceler
             "Train into a new folder with --out",
         )
     if main:
-        temporary = run_dir / "config.yaml.tmp"
-        temporary.write_text(to_yaml(config), encoding="utf-8")
-        temporary.replace(stored)
+        write_whole(run_dir / CONFIG, to_yaml(config))
     return checkpoint
 
 
@@ -354,10 +349,30 @@ def _too_large(run: Run, error: BaseException) -> str:
     good = latest_checkpoint(run.run_dir)
     run.log("event", event="out_of_memory", message=str(error))
     return (
-        f"out of memory at {share} images a process and forward ({str(error).splitlines()[0][:200]}). Halve that with "
+        f"out of memory at {share} images a process and forward ({first_line(error)}). Halve that with "
         f"--train.accumulation {2 * train.accumulation}: the global batch of {train.batch_size} and the run's numbers "
         f"stay; or set --train.activation_checkpointing true, or --train.sharding fsdp2 on several processes. "
         f"Last good checkpoint: {good or 'none yet'}"
+    )
+
+
+def _too_large_between(run: Run, error: BaseException) -> str:
+    """Say what to change where updates fit and validation, samples or a checkpoint do not."""
+    _finish_writing(run)
+    run.log("event", event="out_of_memory", message=str(error))
+    return (
+        f"out of memory between updates, in validation, samples or a checkpoint ({first_line(error)}). Fewer "
+        f"--train.sample_prompts take less, --train.sample_every 0 and --train.validate_every 0 leave them out: none "
+        f"of these changes the training. Last good checkpoint: {latest_checkpoint(run.run_dir) or 'none yet'}"
+    )
+
+
+def _too_large_to_start(run_dir: Path, error: BaseException) -> str:
+    """Say what to change where the session does not get to its first update."""
+    return (
+        f"out of memory while encoders, data and denoiser were loaded ({first_line(error)}). End other programs, "
+        f"choose a smaller model, or spread it with --train.sharding fsdp2 on several processes; train.py CONFIG "
+        f"--dry-run says what it takes. Last good checkpoint: {latest_checkpoint(run_dir) or 'none yet'}"
     )
 
 

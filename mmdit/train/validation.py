@@ -94,5 +94,9 @@ def draw_samples(run: Run, should_stop: Callable[[], bool]) -> bool:
         settings = pipeline.settings(
             seed=SAMPLE_SEED, prompts=run.prompts, images_seen=run.images_seen, run=config.name
         )
-        save_image(image_grid(images), run.run_dir / "samples" / f"{run.images_seen:012d}.png", settings)
+        try:
+            save_image(image_grid(images), run.run_dir / "samples" / f"{run.images_seen:012d}.png", settings)
+        except OSError as error:  # a full disk costs a picture, not the run
+            run.log("event", event="samples_failed", message=str(error))
+            print(f"\nthe samples of image {run.images_seen} cannot be written ({error}); training goes on", flush=True)
     return True

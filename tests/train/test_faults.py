@@ -13,9 +13,10 @@ import mmdit.train.step as step_room
 import mmdit.train.trainer as room
 from mmdit.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
 from mmdit.train.__main__ import main
+from mmdit.train.memory import OutOfMemoryError
 from mmdit.train.step import NonFiniteLossError
 from mmdit.train.tracking import read_metrics
-from mmdit.train.trainer import OutOfMemoryError, train
+from mmdit.train.trainer import train
 
 
 def events(run_dir):
@@ -276,3 +277,72 @@ def test_the_environment_holds_what_the_code_differs_in(tmp_path, monkeypatch):
     tracking.write_environment(tmp_path)
     assert json.loads((tmp_path / "environment.json").read_text())["dirty"] is True
     assert "+new" in (tmp_path / "dirty.diff").read_text()
+
+
+def test_a_disk_that_refuses_records_and_pictures_costs_those_alone(tmp_path, micro, monkeypatch, capsys):
+    import mmdit.train.validation as validation_room
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def flush(self):
+            self.file.flush()
+
+        def close(self):
+            self.file.close()
+
+    original = room.Metrics
+
+    def metrics(*args):
+        made = original(*args)
+        made._file = Full(made._file)
+        return made
+
+    def save_image(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room, "Metrics", metrics)
+    monkeypatch.setattr(validation_room, "save_image", save_image)
+    assert train(micro({"train": {"sample_every": 24}}), tmp_path, progress=False).complete
+    said = capsys.readouterr().out
+    assert said.count("records may be missing") == 1
+    assert "the samples of image 24 cannot be written" in said
+
+
+def test_a_finished_run_whose_marker_was_lost_gets_it_back_and_keeps_its_bits(tmp_path, micro):
+    train(micro(), tmp_path, progress=False)
+    before = load_checkpoint(latest_checkpoint(tmp_path)).tensors["model"]
+    (tmp_path / "complete.json").unlink()
+    assert train(micro(), tmp_path, progress=False).complete
+    assert json.loads((tmp_path / "complete.json").read_text())["images_seen"] == 48
+    after = load_checkpoint(latest_checkpoint(tmp_path)).tensors["model"]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_memory_full_between_updates_names_what_may_be_left_out(tmp_path, micro, monkeypatch):
+    import mmdit.train.validation as validation_room
+
+    def no_room(*args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(validation_room, "loss_by_level", no_room)
+    with pytest.raises(OutOfMemoryError, match=r"--train\.validate_every 0 .*000000000016"):
+        train(micro({"train": {"validate_every": 24}}), tmp_path, progress=False)
+
+
+def test_a_termination_before_the_first_update_asks_for_the_same_command_again(tmp_path, micro, monkeypatch, capsys):
+    import signal
+
+    from mmdit.config import to_yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(micro()))
+    monkeypatch.setattr(room, "build_run", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([str(path), "--out", str(tmp_path / "run")]) == 75
+    assert "run the same command again" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
