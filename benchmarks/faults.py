@@ -39,15 +39,13 @@ class Arguments:
     """Write the table of docs/reliability.md from all stored figures."""
 
 
-def store(name: str, outcome: Outcome, out: Path, seconds: float) -> Path:
-    """Write one test's record.
+def store(name: str, outcome: Outcome, out: Path, seconds: float, environment: dict[str, Any]) -> Path:
+    """Write one test's record; `environment` is as it was at the start.
 
     Returns:
         The file: id, title, goal, command, passed, measured, figures, seconds, commit, dirty, versions, hardware, date.
     """
-    from mmdit.train.tracking import describe_environment
-
-    fault, environment = FAULTS[name], describe_environment()
+    fault = FAULTS[name]
     record = {
         "id": name,
         "title": fault.title,
@@ -82,7 +80,9 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    missed = 0
+    from mmdit.train.tracking import describe_environment
+
+    missed, environment = 0, describe_environment() if runs else {}
     for name, run in runs.items():
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
@@ -93,7 +93,7 @@ def main() -> int:
         if arguments.short:
             print(json.dumps(outcome.figures, indent=1))
         else:
-            print(store(name, outcome, arguments.out, seconds))
+            print(store(name, outcome, arguments.out, seconds, environment))
     if arguments.table:
         write_table(ROOT / "docs" / "reliability.md", read_records(arguments.out))
     return 1 if missed else 0

@@ -57,3 +57,29 @@ def test_the_page_shows_what_is_stored():
 def test_a_name_that_is_none_is_answered_with_those_there_are():
     with pytest.raises(ValueError, match=r"no fault test 'F99'; there are F1, F2"):
         runner("F99")
+
+
+def test_a_power_cut_finds_a_save_that_is_not_synced(tmp_path, monkeypatch):
+    """The tests of saving can fail: the same save without fsync loses its checkpoint."""
+    import mmdit.checkpoint as room
+
+    monkeypatch.setattr(room, "sync", lambda path: None)
+    outcome = runner("F2")(tmp_path, False)
+    assert not outcome.passed
+    assert any("power cut" in line for line in outcome.figures["broken"])
+
+
+def test_a_death_finds_a_save_that_writes_in_place(tmp_path, monkeypatch):
+    import mmdit.checkpoint as room
+
+    def copied(temporary, path):
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        for file in sorted(temporary.iterdir()):
+            (path / file.name).write_bytes(file.read_bytes())
+        shutil.rmtree(temporary)
+
+    monkeypatch.setattr(room, "put_in_place", copied)
+    assert not runner("F2")(tmp_path, False).passed
