@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
     command: Callable[[Sequence[str]], int] = run_command
     if words and words[0] in COMMANDS:
         command, words = COMMANDS[words[0]], words[1:]
+    as_it_was, warnings.formatwarning = warnings.formatwarning, _plain_warning
     try:
         return command(words)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:  # ConfigError and DataError are ValueErrors
@@ -46,6 +48,13 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         print(error, file=sys.stderr)
         return 3
+    finally:
+        warnings.formatwarning = as_it_was
+
+
+def _plain_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Return what a warning says, without the line of code that it comes from."""
+    return f"{message}\n"
 
 
 def run_command(words: Sequence[str]) -> int:
@@ -222,9 +231,8 @@ def _set_options(arguments: argparse.Namespace) -> Any:
 def print_set(result: Mapping[str, Any]) -> None:
     """Print the scores of a set of pictures."""
     split, protocol = result["splits"]["images"], result["stamp"]["protocol"]
-    table = _table(
-        f"{split['num_images']:,} pictures of {result['run']} against {result['against']}", "value", "interval"
-    )
+    _say(f"{split['num_images']:,} pictures of {result['run']} against {result['against']}")
+    table = _table("value", "interval")
     for name, estimate in split["scores"].items():
         table.add_row(_label(name), shown(name, estimate["value"]), _interval(name, estimate))
     _console().print(table)

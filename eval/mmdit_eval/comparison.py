@@ -29,9 +29,11 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], varies: Sequenc
                 continue
             problems.append(f"{part}.{name}: {_at(a['stamp'][part], name)!r} and {_at(b['stamp'][part], name)!r}")
     if problems:
+        way = "Evaluate both with one suite, or name an inference field in the study's varies:"
+        if a.get("kind") == "images":
+            way = "Judge both sets against the same pictures with the same options"
         raise ValueError(
-            f"results of {a['run']!r} and {b['run']!r} are not comparable, they differ in {'; '.join(problems)}. "
-            f"Evaluate both with one suite, or name an inference field in the study's varies:"
+            f"results of {a['run']!r} and {b['run']!r} are not comparable, they differ in {'; '.join(problems)}. {way}"
         )
 
 

@@ -170,6 +170,11 @@ def _reference(
     from mmdit_eval.moments import Moments
 
     moments = Moments.load(other, extractor.describe())
+    if moments.width != extractor.width:
+        raise ValueError(
+            f"{other} holds statistics of {moments.width} features, the extractor {extractor.name!r} gives "
+            f"{extractor.width}; name the extractor they come from with --extractor"
+        )
     return moments, {"num_images": moments.count, "statistics": _file_digest(Path(other))}
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from mmdit_eval import set_comparison
 from mmdit_eval.commands import main
 from mmdit_eval.comparison import compare
 from mmdit_eval.features import extract, load_extractor
@@ -59,6 +60,8 @@ def test_a_folder_is_judged_against_a_folder(folders, scenes, capsys):
     assert result["splits"]["images"]["details"]["long_captions"]["policy"] == "truncate"
     printed = capsys.readouterr().out
     assert "24 pictures of" in printed
+    heading = next(line for line in printed.splitlines() if "score" in line)
+    assert [word.strip() for word in heading.strip("┃").split("┃")] == ["score", "value", "interval"]
     assert "Fréchet" in printed
     assert "bicubic, antialiased, float, to 64" in printed
 
@@ -99,6 +102,16 @@ def test_two_sets_are_compared_picture_by_picture_and_unlike_ones_are_refused(fo
     refused = capsys.readouterr().err
     assert "protocol.sizes: 'equal' and '32'" in refused
     assert "protocol.captions" in refused
+    assert "against the same pictures" in refused
+
+
+def test_statistics_of_another_width_are_refused_by_name_before_any_picture_is_seen(folders, monkeypatch, capsys):
+    path = folders / "width.npz"
+    np.savez(path, mu=np.zeros(5), sigma=np.eye(5), count=20)
+    monkeypatch.setattr(set_comparison, "features_of", None)
+    assert main(["images", str(folders / "real"), "--against", str(path), "--extractor", "pixel_statistics"]) == 2
+    refused = capsys.readouterr().err
+    assert "width.npz holds statistics of 5 features" in refused
 
 
 @pytest.mark.parametrize(
