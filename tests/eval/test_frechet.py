@@ -72,6 +72,14 @@ def test_fewer_samples_than_features_is_exact(n, m):
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(("n", "d"), [(40, 60), (300, 400), (500, 300)])
+def test_a_mean_a_million_deviations_away_costs_six_of_sixteen_digits_and_no_more(n, d):
+    """The features are whole numbers of 2^-20, so that the offset itself costs none."""
+    random = np.random.default_rng(0)
+    a, b = (np.round(random.normal(size=(n, d)) * scale * 2**20) / 2**20 for scale in (1.0, 1.2))
+    assert frechet_distance(a + 2.0**20, b + 2.0**20) == pytest.approx(frechet_distance(a, b), rel=1e-10)
+
+
 def test_dead_and_duplicated_features_change_nothing_but_the_scale_they_add():
     a, b = draw(300, 10, 0), draw(300, 10, 1)
     dead = [np.hstack([x, np.full((300, 4), 7.0)]) for x in (a, b)]

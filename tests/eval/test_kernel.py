@@ -75,6 +75,18 @@ def test_pairs_that_resemble_each_other_have_a_mean_of_zero(distance):
     assert np.mean(apart) < -20 * np.std(apart) / np.sqrt(300)
 
 
+def test_it_equals_torch_fidelity_on_the_same_subsets():
+    torch = pytest.importorskip("torch")
+    fidelity = pytest.importorskip("torch_fidelity.metric_kid")
+    a, b = draw(50, 6, 0), draw(60, 6, 1)
+    out = fidelity.kid_features_to_metric(
+        torch.from_numpy(a), torch.from_numpy(b), kid_subsets=4, kid_subset_size=20, rng_seed=2020, verbose=False
+    )
+    random = np.random.RandomState(2020)
+    rows = [(random.choice(50, 20, False), random.choice(60, 20, False)) for _ in range(4)]
+    assert kernel_distance(a, b, subsets=rows) == pytest.approx(out["kernel_inception_distance_mean"], rel=1e-10)
+
+
 def test_subsets_of_the_whole_set_are_the_whole_set():
     a, b = draw(40, 5, 0), draw(40, 5, 1, 0.5)
     assert kernel_distance(a, b, subsets=3, subset_size=40) == pytest.approx(kernel_distance(a, b), rel=1e-12)
