@@ -66,10 +66,12 @@ FAULTS: dict[str, Fault] = {
     "F7": Fault(
         "evaluation shared out over processes",
         "48 of 48 splits: each image once; distances equal one process's within 1e-6 relative",
+        "judging",
     ),
     "F8": Fault(
         "metrics against other implementations",
         "Fréchet distance within 1e-6 relative on 20 sets, identical sets < 1e-6, singular covariance finite",
+        "judging",
     ),
     "F9": Fault(
         "NaN or Inf in loss, gradient, batch, on one process only, several in a row",
@@ -84,6 +86,7 @@ FAULTS: dict[str, Fault] = {
     "F11": Fault(
         "captions: empty, 10k characters, NUL, BOM, surrogates, right to left, emoji",
         "1,000 fuzzed: no crash; ids of 200 texts equal open_clip's",
+        "captions",
     ),
     "F12": Fault(
         "config fields misspelt by one edit, of a wrong type, out of range",

@@ -31,14 +31,14 @@ def run_pictures(folder: Path, full: bool) -> Outcome:
     mutated = _in_a_process(folder, _try_mutations, folder / "mutated", 1000 if full else 120)
     exact = _try_exact()
     deaths = sum(part.get("died", 0) for part in (kinds, mutated))
-    peak = max(part.get("peak_gib", 0.0) for part in (kinds, mutated))
+    peak = max(part.get("peak_gib", 0.0) - part.get("before_gib", 0.0) for part in (kinds, mutated))
     wrong = [*kinds.get("wrong", ()), *mutated.get("wrong", ()), *(name for name, good in exact.items() if not good)]
     return Outcome(
         not wrong and not deaths and peak < 1,
         f"{kinds.get('kinds')} kinds: {kinds.get('decoded')} decoded, {kinds.get('refused')} refused; "
         f"{mutated.get('files')} mutated files: {mutated.get('decoded')} decoded, {mutated.get('refused')} refused "
-        f"with path and reason; {deaths} deaths, {len(wrong)} wrong, peak memory {peak:.2f} GiB; EXIF 1-8 and 16 bit "
-        f"exact",
+        f"with path and reason; {deaths} deaths, {len(wrong)} wrong; at most {peak:.2f} GiB more than "
+        f"the {kinds.get('before_gib', 0):.2f} of torch; EXIF 1-8 and 16 bit exact",
         {"kinds": kinds, "mutated": mutated, "exact": exact, "wrong": wrong},
     )
 

@@ -93,6 +93,18 @@ def _on_white(picture: Image.Image) -> Image.Image:
     return found
 
 
+def cleaned(caption: str) -> str:
+    """Repair a caption (`mmdit.encoders.tokenizers.clean`).
+
+    Raises:
+        ValueError: nothing is left of it.
+    """
+    found = clean(caption)
+    if not found:
+        raise ValueError(f"caption is empty once it is cleaned: {caption!r:.60}")
+    return found
+
+
 def square(picture: Image.Image, resolution: int) -> np.ndarray:
     """Cut the middle square out and resize it, antialiased: uint8 [R, R, 3]."""
     side = min(picture.size)
@@ -282,10 +294,11 @@ def _look_at_all(rows: _Rows, config: ImagesConfig) -> list[tuple[str, bytes, tu
     def look(row: int) -> tuple[str, bytes, tuple[int, int]] | _Bad:
         try:
             _, data, caption = rows.read(row)
+            caption = cleaned(caption) if config.clean_captions else caption
             picture = decode(data)
         except (ValueError, OSError) as error:
             return _Bad(rows.name(row), str(error))
-        return clean(caption) if config.clean_captions else caption, hashlib.sha256(data).digest(), picture.size
+        return caption, hashlib.sha256(data).digest(), picture.size
 
     with ThreadPoolExecutor() as pool:  # Pillow's decoders let other threads run
         return list(pool.map(look, range(rows.length)))

@@ -33,8 +33,7 @@ from PIL import Image
 
 from mmdit import rng
 from mmdit.config import ShardsConfig
-from mmdit.data.images import SUFFIXES, DataError, decode, square
-from mmdit.encoders.tokenizers import clean
+from mmdit.data.images import SUFFIXES, DataError, cleaned, decode, square
 
 SPLITS = ("train", "val", "seen")
 _REMEMBERED = 100_000  # items whose usability is kept in mind
@@ -167,11 +166,14 @@ class ShardsDataset:
             try:
                 text = data.decode("utf-8-sig")
                 caption = json.loads(text).get(self.config.caption_column) if here.in_json[row] else text
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise DataError(f"{self._name(unit, row)}: caption cannot be read: {error}") from error
         if not isinstance(caption, str) or not caption.strip():
             raise DataError(f"{self._name(unit, row)}: caption is empty or no text: {caption!r:.60}")
-        return clean(caption) if self.config.clean_captions else caption.strip()
+        try:
+            return cleaned(caption) if self.config.clean_captions else caption.strip()
+        except ValueError as error:
+            raise DataError(f"{self._name(unit, row)}: {error}") from error
 
     def _picture(self, index: int) -> Image.Image:
         """Decode the picture of an item, or of the one that stands in for it."""
@@ -329,9 +331,10 @@ def _tar_unit(file: Path, config: ShardsConfig) -> Unit:
     stamp = np.array([1, status.st_size, status.st_mtime_ns])
     try:
         with np.load(folder / name, allow_pickle=False) as stored:
-            if np.array_equal(stored["stamp"], stamp):
-                return Unit(file, -1, stored["keys"], stored["places"], stored["in_json"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            unit = Unit(file, -1, stored["keys"], stored["places"], stored["in_json"])
+            if np.array_equal(stored["stamp"], stamp) and _lies_within(unit, status.st_size):
+                return unit
+    except (OSError, MemoryError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # none yet, of another time, or torn: it is made anew
     unit = _scan_tar(file)
     data = io.BytesIO()
@@ -344,6 +347,15 @@ def _tar_unit(file: Path, config: ShardsConfig) -> Unit:
     except OSError as error:
         raise ValueError(f"its index cannot be kept in {folder} ({error}); set data.index to a folder") from error
     return unit
+
+
+def _lies_within(unit: Unit, size: int) -> bool:
+    """Say whether an index speaks of places in its shard: one that came with a download may say anything."""
+    places, count = unit.places, len(unit.keys)
+    if places.shape != (count, 4) or places.dtype != np.int64 or unit.in_json.shape != (count,):
+        return False
+    ends = places[:, ::2].astype(np.float64) + places[:, 1::2]
+    return bool(unit.keys.dtype.kind == "U" and count and places.min() >= 0 and ends.max() <= size)
 
 
 def _short(file: Path) -> str:

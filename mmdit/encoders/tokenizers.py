@@ -44,6 +44,24 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
+def _encodable(texts: Sequence[str]) -> list[str]:
+    """Return texts as a list.
+
+    Raises:
+        ValueError: one holds half of a surrogate pair, which is no character (a byte of a command line that is not
+            UTF-8 becomes one, and so does "\\ud800" in a JSON file).
+    """
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{text[:40]!r} is no text: at place {error.start} stands half of a surrogate pair "
+                f"(U+{ord(text[error.start]):04X}); was it read in another encoding than it was written in?"
+            ) from None
+    return list(texts)
+
+
 class ClipTokenizer:
     """CLIP's lower-cased byte-pair encoding. Source: Radford et al. 2021, arXiv:2103.00020, section 2.4.
 
@@ -77,7 +95,7 @@ class ClipTokenizer:
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         # "<|endoftext|>" written in a caption is text: it must not end the caption early
-        texts = [clean(prompt) for prompt in prompts] if self.cleaned else list(prompts)
+        texts = [clean(prompt) for prompt in prompts] if self.cleaned else _encodable(prompts)
         rows = self._tokenizer(texts, truncation=False, split_special_tokens=self.cleaned, verbose=False)
         return list(rows["input_ids"])
 
@@ -160,7 +178,7 @@ class T5Tokenizer:
     def __call__(self, prompts: Sequence[str], length: int) -> list[list[int]]:
         """Encode and append the end token; longer prompts keep their first `length - 1` ids and the end token."""
         # T5's own normalisation collapses white space; the rest of the text is taken as it is, case included.
-        rows = self._pieces.encode([" ".join(prompt.split()) for prompt in prompts])
+        rows = self._pieces.encode([" ".join(prompt.split()) for prompt in _encodable(prompts)])
         return [[*row[: length - 1], T5_END] for row in rows]
 
     def __len__(self) -> int:
@@ -206,7 +224,7 @@ class ReleasedT5Tokenizer:
 
     def __call__(self, prompts: Sequence[str], length: int) -> list[list[int]]:
         """Encode and append the end token; longer prompts keep their first `length - 1` ids and the end token."""
-        rows = self._tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
+        rows = self._tokenizer(_encodable(prompts), truncation=False, verbose=False)["input_ids"]
         return [row if len(row) <= length else [*row[: length - 1], T5_END] for row in rows]
 
     def save(self, folder: Path) -> None:

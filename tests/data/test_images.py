@@ -92,6 +92,13 @@ def test_tables_are_read(tmp_path, form):
     assert both_splits(config(source)) == WANTED
 
 
+def test_a_caption_of_which_cleaning_leaves_nothing_is_left_out(tmp_path):
+    folder = sidecars(tmp_path / "d")
+    (folder / "03.txt").write_text("\x07\x08")
+    with pytest.raises(DataError, match=r"03\.png: caption is empty once it is cleaned"):
+        make_dataset(config(folder), "train")
+
+
 @pytest.mark.parametrize("suffix", [".pandas", ".pkl", ".zip", ".py", ".unknown"])
 def test_a_file_that_is_no_table_is_refused_before_a_reader_that_unpickles_gets_it(tmp_path, suffix):
     """`datasets` has a reader called pandas, which unpickles; a name it does not know it asks the hub for."""

@@ -158,6 +158,15 @@ def test_pad_fills_up_on_the_right():
     assert pad([[5, 6], [7]], 9, 3).tolist() == [[5, 6, 9], [7, 9, 9]]
 
 
+@pytest.mark.parametrize("text", ["half \ud83d of an emoji", "\udcff"])
+def test_half_a_surrogate_pair_is_refused_in_words_or_repaired(clip, text):
+    """A byte of a command line that is not UTF-8 becomes one; the programs below know no such text."""
+    for tokenizer in (ClipTokenizer(cleaned=False), T5Tokenizer(TINY), ReleasedT5Tokenizer(TINY)):
+        with pytest.raises(ValueError, match=r"half of a surrogate pair \(U\+D"):
+            tokenizer([text], *([] if isinstance(tokenizer, ClipTokenizer) else [77]))
+    assert clip([text])[0][-1] == CLIP_END
+
+
 # --- as the releases read prompts ---------------------------------------------------------------------------------
 
 PROMPTS = [
