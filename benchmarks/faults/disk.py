@@ -7,8 +7,9 @@
 through before `act` is called again with kind `torn`. safetensors writes from Rust: its bytes go through Python here.
 
 A power cut keeps of the files what a disk owes: content that was fsynced, and names in the order they were given, at
-least up to the last one whose folder was fsynced. `power_cut` makes a folder of that kind from what a killed process
-left and its journal: contents not fsynced vanish, are cut, or become zeros; names given later are taken back.
+least up to the last one whose folder was fsynced (as journals do); or only those whose own folder was fsynced.
+`power_cut` makes a folder of that kind from what a killed process left and its journal: contents not fsynced vanish, are
+cut, or become zeros; names given later are taken back.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class _Owed:
 
 
 def _owed(journal: Path) -> _Owed:
-    owed, last_of = _Owed(), {}
+    owed = _Owed()
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else ():
         entry = json.loads(line)
         if entry["kind"] in ("open", "write") and entry["inode"]:
@@ -178,10 +179,11 @@ def _owed(journal: Path) -> _Owed:
             owed.synced.pop(entry["inode"], None)  # cut to nothing
         elif entry["kind"] in ("open", "mkdir", "unlink", "rmdir", "rename"):
             owed.names.append(entry)
-            for path in (entry["path"], entry.get("to")):
-                last_of[os.path.dirname(path or entry["path"])] = entry["n"]
         elif entry["kind"] == "fsync" and entry["folder"]:
-            owed.durable = max(owed.durable, last_of.get(entry["path"], 0))
+            for name in owed.names:
+                if entry["path"] in (os.path.dirname(name["path"]), os.path.dirname(name.get("to", ""))):
+                    name["synced"] = True
+                    owed.durable = max(owed.durable, name["n"])
         elif entry["kind"] == "fsync":
             owed.synced[entry["inode"]] = entry["size"]
     return owed
@@ -202,6 +204,9 @@ def power_cut(root: Path, journal: Path, target: Path, chance: random.Random, be
     inode = {str(p.relative_to(root)): p.stat().st_ino for p in root.rglob("*") if p.is_file()}
     pending = [entry for entry in owed.names if entry["n"] > owed.durable]
     lost = chance.choice([0, len(pending), chance.randint(0, len(pending))])
+    if chance.random() < 0.3:  # a disk that keeps no order: what it owes is each folder's names at its last fsync
+        pending = [entry for entry in owed.names if not entry.get("synced")]
+        lost = len(pending)
     where = lambda path: target / os.path.relpath(path, os.path.realpath(root))  # noqa: E731
     for entry in reversed(pending[len(pending) - lost :]):
         _undo(entry, where, removed / str(entry["n"]), inode, root)
