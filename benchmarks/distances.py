@@ -1,8 +1,9 @@
 """Time distances between sets against their peers: torch-fidelity, torchmetrics, and pytorch-fid's formula.
 
 All contestants run in one process and take turns, round by round, so that a busy machine slows all of them alike:
-trust the ratios. The error of each is taken to a slow reference of orthogonal factors and singular values; memory is
-what a fresh child of the process needs above what it began with.
+trust the ratios. They are ratios of processor time, which other programs lengthen by what they take of the caches
+alone; on a machine that is free it is the time that passes. The error of each is taken to a slow reference of
+orthogonal factors and singular values; memory is what a fresh child of the process needs above what it began with.
 
     OMP_NUM_THREADS=1 python benchmarks/distances.py --out results/benchmarks/distances.json
 """
@@ -181,20 +182,23 @@ def _status(field: str) -> int:
 def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
     """Let everyone take turns; one more round before these is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contest.calls}
+    passed: dict[str, list[float]] = {name: [] for name in contest.calls}
     values: dict[str, float] = {}
     for turn in range(rounds + 1):
         for name, call in contest.calls.items():
-            begun = time.perf_counter()
+            begun, clock = time.process_time(), time.perf_counter()
             values[name] = call()
             if turn:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(time.process_time() - begun)
+                passed[name].append(time.perf_counter() - clock)
     medians = {name: statistics.median(spent) for name, spent in seconds.items()}
     first = next(iter(medians.values()))
     return [
         {
             "job": contest.job,
             "implementation": name,
-            "seconds": seconds[name],
+            "processor_seconds": seconds[name],
+            "seconds": passed[name],
             "speed_up": first / medians[name],
             "relative_error": None if contest.truth is None else abs(values[name] / contest.truth - 1),
             "peak_mib": peak_memory(call),
@@ -209,6 +213,7 @@ def main(
     few: int = 2_000,
     rounds: int = 3,
     slow: bool = True,
+    only: str = "",
     out: Path | None = None,
 ) -> None:
     """Run every contest and print a table.
@@ -219,24 +224,29 @@ def main(
         few: samples below it.
         rounds: turns of each contestant; the median counts.
         slow: also pytorch-fid's matrix root, a quarter of torch-fidelity's speed.
+        only: part of the name of the jobs to run; with `out`, the others' rows stay as they are.
         out: JSON file for the numbers and where they come from.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    load = os.getloadavg()
     table = Table("job", "implementation", "s", "best s", "x first", "rel. error", "peak MiB")
+    contests: dict[str, Callable[[], Contest]] = {
+        f"Fréchet step, {many} x {width}": lambda: frechet_contest(many, width, slow),
+        f"Fréchet step, {few} x {width}": lambda: frechet_contest(few, width, slow),
+        f"covariance of {many} x {width}": lambda: moments_contest(many, width),
+        f"KID, 10 subsets of {few // 2} x {width}": lambda: kernel_contest(few, width, 10),
+        f"precision and recall, {few} x {width}": lambda: neighbours_contest(few, width),
+    }
+    chosen = [job for job in contests if only in job]
+    if not chosen:
+        raise SystemExit(f"no job is called so: {only!r}; there are {', '.join(contests)}")
     rows = []
-    for contest in (
-        lambda: frechet_contest(many, width, slow),
-        lambda: frechet_contest(few, width, slow),
-        lambda: moments_contest(many, width),
-        lambda: kernel_contest(few, width, 10),
-        lambda: neighbours_contest(few, width),
-    ):
-        for row in run(contest(), rounds):
-            rows.append(row)
+    for job in chosen:
+        load = os.getloadavg()
+        for row in run(contests[job](), rounds):
+            rows.append({**row, "load_average_before": load})
             cells = (
-                f"{statistics.median(row['seconds']):.3f}",
-                f"{min(row['seconds']):.3f}",
+                f"{statistics.median(row['processor_seconds']):.3f}",
+                f"{min(row['processor_seconds']):.3f}",
                 f"{row['speed_up']:.2f}",
                 f"{row['relative_error']:.0e}",
                 "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
@@ -244,9 +254,19 @@ def main(
             table.add_row(row["job"], row["implementation"], *cells)
     Console(width=140).print(table)
     if out is not None:
-        stamp = {**describe_environment(), "load_average_before": load, "threads": torch.get_num_threads()}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"environment": stamp, "rounds": rounds, "rows": rows}, indent=1) + "\n")
+        write(out, rows, rounds, list(contests))
+
+
+def write(out: Path, rows: list[dict[str, Any]], rounds: int, jobs: list[str]) -> None:
+    """Write rows, each with the commit it was measured at; rows of jobs that did not run now stay."""
+    stamp = {**describe_environment(), "threads": torch.get_num_threads()}
+    rows = [{**row, "rounds": rounds, "commit": stamp["commit"]} for row in rows]
+    ran = {row["job"] for row in rows}
+    if out.is_file():
+        rows += [row for row in json.loads(out.read_text())["rows"] if row["job"] not in ran and row["job"] in jobs]
+    rows.sort(key=lambda row: jobs.index(row["job"]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"environment": stamp, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
