@@ -116,6 +116,7 @@ FAULTS: dict[str, Fault] = {
     "F17": Fault(
         "wrong weights: missing, extra, misshapen, misnamed, of another family",
         "30 cases: none loads in part, the message names keys, round trips bit-equal",
+        "wrong_weights",
     ),
     "F18": Fault(
         "static: pickle, eval, weights_only=False, shell=True, yaml.load, trust_remote_code",

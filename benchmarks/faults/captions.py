@@ -47,8 +47,8 @@ def run_captions(folder: Path, full: bool) -> Outcome:
     wrong = [*files["wrong"], *ids["wrong"], *golden["wrong"], *_cleaner()]
     return Outcome(
         not wrong,
-        f"{files['files']:,} caption files of random bytes: {files['taken']:,} taken, {files['refused']:,} refused with "
-        f"name and reason; {len(texts):,} texts through the cleaner, {ids['tokenizers']} tokenizers and the encoders: "
+        f"{files['files']:,} caption files of random bytes: {files['taken']:,} taken, {files['refused']:,} refused "
+        f"with name and reason; {len(texts):,} texts through the cleaner, {ids['tokenizers']} tokenizers and encoders: "
         f"{len(ids['wrong'])} crashes; ids of {golden['texts']} texts: {golden['equal']} equal open_clip's",
         {
             "files": files, "texts": ids, "open_clip": golden, "wrong": wrong,

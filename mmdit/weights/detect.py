@@ -23,6 +23,14 @@ from mmdit.weights.header import WeightsError
 
 Layout = Literal["original", "diffusers"]
 
+_BLOCKS = 200  # numbers of blocks that are plausible in any file
+_DIMENSIONS = {  # of the tensors whose shapes tell an architecture, by the ends of their names
+    "x_embedder.proj.weight": 4, "pos_embed.proj.weight": 4, "input_blocks.0.0.weight": 4, "conv_in.weight": 4,
+    "out.2.weight": 4, "conv_out.weight": 4, "in_layers.2.weight": 4, "conv1.weight": 4, "pos_embed": 3,
+    ".qkv.weight": 2, ".to_q.weight": 2, ".to_k.weight": 2, ".fc1.weight": 2, ".ff.net.0.proj.weight": 2,
+    "context_embedder.weight": 2, "y_embedder.mlp.0.weight": 2, "label_emb.0.0.weight": 2, "linear_1.weight": 2,
+}  # fmt: skip
+
 # A key that only a denoiser of this backbone and layout has, at the end of whatever prefix.
 _ANCHORS: tuple[tuple[str, Layout, str], ...] = (
     ("mmdit", "original", "joint_blocks.0.x_block.attn.qkv.weight"),
@@ -135,9 +143,40 @@ def detect(files: WeightFiles) -> Detected:
 
 
 def infer_fields(part: Part, files: WeightFiles) -> dict[str, Any]:
-    """Tell the fields of a denoiser's config from its shapes."""
-    room = sd3 if part.backbone == "mmdit" else unet_keys
-    return room.infer_fields(part.shapes(files), part.layout)
+    """Tell the fields of a denoiser's config from its shapes.
+
+    Raises:
+        WeightsError: shapes or numbers of blocks that no network has.
+    """
+    room, shapes = sd3 if part.backbone == "mmdit" else unet_keys, part.shapes(files)
+    refuse_far_blocks(files, shapes)
+    try:
+        return room.infer_fields(shapes, part.layout)
+    except (IndexError, ZeroDivisionError, ValueError) as error:
+        wanted = {key: next((n for end, n in _DIMENSIONS.items() if key.endswith(end)), None) for key in shapes}
+        odd = [
+            f"{key} {list(shape)}"
+            for key, shape in shapes.items()
+            if wanted[key] is not None and (len(shape) != wanted[key] or 0 in shape)
+        ]
+        raise WeightsError(
+            f"{files.path} holds the names of a denoiser with shapes that none has ({', '.join(odd[:3]) or error}); "
+            f"it is damaged, or compressed in a way that is not read here"
+        ) from error
+
+
+def refuse_far_blocks(files: WeightFiles, keys: Iterable[str]) -> None:
+    """Refuse keys that number a block far beyond what the file can hold: a network of that depth would be built.
+
+    Raises:
+        WeightsError: which key.
+    """
+    most = max(_BLOCKS, len(files))
+    far = next(
+        (key for key in keys if any(n.isdigit() and (len(n) > 9 or int(n) > most) for n in key.split("."))), None
+    )
+    if far is not None:
+        raise WeightsError(f"{files.path} holds {far!r}, but only {len(files)} tensors: it is damaged or made up")
 
 
 def denoiser_parts(files: WeightFiles) -> list[Part]:

@@ -125,6 +125,11 @@ class WeightFiles:
         entry, stored = self._entry(key), self.dtype(key)
         if tuple(target.shape) != entry.shape:
             raise WeightsError(f"{key!r} is {list(entry.shape)} in {entry.file}, expected {list(target.shape)}")
+        if target.is_floating_point() and not stored.is_floating_point:
+            raise WeightsError(
+                f"{entry.file} holds {key!r} as whole numbers ({stored}): weights quantised to int8 or uint8 are not "
+                f"read; use the fp16 or bf16 file of the release"
+            )
         self.refuse_scaled([key])
         if not target.is_contiguous():
             target.copy_(self.read(key, target.dtype))
