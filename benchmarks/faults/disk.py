@@ -8,7 +8,7 @@ through before `act` is called again with kind `torn`. safetensors writes from R
 
 A power cut keeps of the files what a disk owes: content that was fsynced, and names in the order they were given, at
 least up to the last one whose folder was fsynced (as journals do); or only those whose own folder was fsynced.
-`power_cut` makes a folder of that kind from what a killed process left and its journal: contents not fsynced vanish, are
+`power_cut` makes such a folder from what a killed process left and its journal: contents not fsynced vanish, are
 cut, or become zeros; names given later are taken back.
 """
 
@@ -220,6 +220,8 @@ def power_cut(root: Path, journal: Path, target: Path, chance: random.Random, be
 def _undo(entry: dict[str, Any], where: Callable[[str], Path], kept: Path, inode: dict[str, int], root: Path) -> None:
     """Take one operation on names back, where it was made at all."""
     path, key = where(entry["path"]), lambda p: os.path.relpath(p, os.path.realpath(root))
+    if not path.parent.is_dir():  # its folder is gone for good
+        return
     if entry["kind"] == "open" and not entry["existed"]:
         path.unlink(missing_ok=True)
     elif entry["kind"] == "mkdir" and path.is_dir():

@@ -77,7 +77,8 @@ def _one_signal(config: Any, run_dir: Path, phase: str, second: bool, chance: ra
         return f"the signal was never sent ({code}: {said[-300:]})", 0
     done, saved = int(note.read_text(encoding="utf-8")), steps_saved(run_dir)
     if second:
-        good = code == -signal.SIGTERM and saved >= before
+        # before the first update the first signal is obeyed at once
+        good = code == (75 if phase == "start" else -signal.SIGTERM) and saved >= before
         return ("" if good else f"exit code {code}, step {saved} of {before}"), 0
     if code != 75:
         return f"exit code {code}: {said[-400:]}", 0
