@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 EXIT_INTERRUPTED = 75  # a training process that saved and wants the same command again
+EXITS_UNBEGUN = (130, -signal.SIGINT)  # interrupted before there was anything to save, or while it was starting
 
 
 def run_queue(
@@ -56,7 +57,7 @@ def run_queue(
                     continue
                 del running[name]
                 ended(name, code)
-                if code == EXIT_INTERRUPTED and not stopped:
+                if code in (EXIT_INTERRUPTED, *EXITS_UNBEGUN) and not stopped:
                     stopped = True
                     ask_to_stop(running)
         except KeyboardInterrupt:

@@ -134,6 +134,9 @@ def train_cells(book: Book, study: StudyConfig, cells: Cells, study_dir: Path, s
         book.mark(name, "training")
 
     def ended(name: str, code: int) -> None:
+        if code in executor.EXITS_UNBEGUN:
+            book.mark(name, "waiting")
+            return
         if code in (0, executor.EXIT_INTERRUPTED):
             book.mark(name, "interrupted" if code else "trained")
             if study.prune_finished and not code:

@@ -145,6 +145,19 @@ def test_finished_cells_keep_their_weights_alone_where_the_study_says_so(study_f
         train(longer, folder / "mmdit-s0", progress=False)
 
 
+@pytest.mark.parametrize("code", executor.EXITS_UNBEGUN)
+def test_a_cell_stopped_before_its_first_update_has_not_failed_and_no_other_begins(
+    study_file, tmp_path, monkeypatch, code
+):
+    started = []
+    instead(monkeypatch, lambda command: started.append(command) or code)
+    with pytest.raises(StudyInterrupted, match="interrupted; no cell saved its state"):
+        run_study(study_file, out=tmp_path / "runs", say=silent)
+    assert len(started) == 1
+    book = json.loads((tmp_path / "runs/mini/study.json").read_text())
+    assert [cell["status"] for cell in book["cells"].values()] == ["waiting", "waiting"]
+
+
 def test_a_dry_run_prints_the_grid_and_makes_nothing(study_file, tmp_path, capsys):
     assert run_study(study_file, out=tmp_path / "runs", dry_run=True, say=silent) == 0
     printed = capsys.readouterr().out
