@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdit.config import RunConfig, UNetConfig
@@ -14,7 +16,9 @@ from mmdit.data import make_dataset
 from mmdit.denoiser import Conditioning
 from mmdit.models import build_denoiser
 from mmdit.pipeline import load_encoders
+from mmdit.train.state_memory import StateMemory, state_memory
 from mmdit.train.run import count_parameters, total_images
+from mmdit.train.sharding import repeated_blocks
 
 _CAPTIONS = 128  # looked at to learn how many text tokens a batch has
 
@@ -28,15 +32,22 @@ class Estimate(NamedTuple):
     image_tokens: int
     text_tokens: int
     steps: int
-    memory: int
+    state: StateMemory
+    activations: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one process."""
+        return self.state.total + self.activations
 
 
 def estimate(config: RunConfig) -> Estimate:
     """Count what a run costs.
 
     FLOP are those of matrix products, convolutions and attention, one multiply-add being two; training is forward and
-    backward. Memory is parameters, gradients, two moments and the EMA in float32, and what the backward pass keeps of
-    one micro-batch in float32 (bf16 autocast keeps less): an upper estimate of what the denoiser needs.
+    backward. Memory is that of one process: the training's state (`mmdit.train.state_memory`), and what the backward pass
+    keeps of one micro-batch in float32 (bf16 autocast keeps less; with activation checkpointing, the inputs of every
+    block and all of the largest): an upper estimate of what the denoiser needs.
     """
     vae, text = load_encoders(config)
     dataset = make_dataset(config.data, "train")
@@ -51,19 +62,12 @@ def estimate(config: RunConfig) -> Estimate:
         mask = None if encoded.context_mask is None else torch.empty(1, length, dtype=torch.bool)
         context = torch.empty(1, length, encoded.context.shape[2])
         conditioning = Conditioning(context, pooled, mask, encoded.streams)
-        kept: dict[Any, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        timestep = torch.empty(1)
-        with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            output = denoiser(latents, timestep, conditioning)
+        inputs = latents, torch.empty(1), conditioning
+        with FlopCounterMode(display=False) as forward:
+            output = denoiser(*inputs)
         with FlopCounterMode(display=False) as backward:
             output.sum().backward()
-    owned = {p.untyped_storage()._cdata for p in denoiser.parameters()}
-    activations = sum(size for storage, size in kept.items() if storage not in owned)
+        activations = kept_for_backward(denoiser, inputs, config.train.activation_checkpointing)
     train, parameters = config.train, count_parameters(denoiser)
     patch = 1 if isinstance(config.model, UNetConfig) else config.model.patch_size
     return Estimate(
@@ -73,8 +77,52 @@ def estimate(config: RunConfig) -> Estimate:
         image_tokens=(side // patch) ** 2,
         text_tokens=length,
         steps=total_images(config) // train.batch_size,
-        memory=5 * 4 * parameters + activations * (train.batch_size // train.accumulation // train.num_processes),
+        state=state_memory(denoiser, train),
+        activations=activations * (train.batch_size // train.accumulation // train.num_processes),
     )
+
+
+def kept_for_backward(denoiser: nn.Module, inputs: tuple[Any, ...], recomputed: bool) -> int:
+    """Return the bytes that a forward keeps for its backward pass, beside parameters.
+
+    Args:
+        denoiser: on `meta`, or anywhere.
+        inputs: of one forward.
+        recomputed: every block keeps its inputs only, and one block at a time all that it makes of them.
+    """
+    outside: dict[Any, int] = {}
+    inside: list[dict[Any, int]] = []
+    given: dict[Any, int] = {}
+    place = [outside]
+    owned = {p.untyped_storage()._cdata for p in denoiser.parameters()}
+
+    def note(tensor: Tensor, where: dict[Any, int]) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            where[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        for tensor in tree_leaves(arguments):
+            if isinstance(tensor, Tensor):
+                note(tensor, given)
+        inside.append({})
+        place.append(inside[-1])
+
+    def leave(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        place.pop()
+
+    blocks = repeated_blocks(denoiser) if recomputed else []
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(lambda t: note(t, place[-1]), lambda t: t):
+            output = denoiser(*inputs)  # held, so that no storage is freed and counted under another's address
+    finally:
+        for hook in hooks:
+            hook.remove()
+    del output
+    return sum({**given, **outside}.values()) + max((sum(block.values()) for block in inside), default=0)
 
 
 def describe(config: RunConfig) -> str:
@@ -91,7 +139,9 @@ def describe(config: RunConfig) -> str:
         f"of {_CAPTIONS} captions, padding {config.encoders.padding}",
         "steps": f"{costs.steps:,} updates of {train.batch_size} images = {total_images(config):,} images",
         "whole run": f"{costs.training_flop * total_images(config) / 1e12:,.1f} TFLOP",
-        "memory": f"about {costs.memory / 2**30:.2f} GiB for the denoiser at most (encoders and data come on top)",
+        "memory": f"about {costs.memory / 2**30:.2f} GiB a process for the denoiser at most: "
+        f"{costs.state.total / 2**30:.2f} its state, {costs.activations / 2**30:.2f} activations "
+        f"(encoders and data come on top)",
     }
     if train.warmup_images >= total_images(config):
         rows["warning"] = (

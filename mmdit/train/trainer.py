@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
@@ -100,8 +100,11 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
     AcceleratorState._reset_state()  # a singleton that would refuse a second run of another precision in one process
     mixed = "bf16" if config.train.precision == "bf16" else "no"
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout))
+    # by default DDP keeps a second copy of all gradients, to send: 4 bytes a parameter
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     # without cpu=True accelerate does not join the processes that torchrun started on a machine without GPU
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    on_cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision=mixed, cpu=on_cpu, kwargs_handlers=[patience, views])
     if accelerator.num_processes != config.train.num_processes:
         raise ConfigError(
             f"train.num_processes is {config.train.num_processes}, but {accelerator.num_processes} process(es) run; "

@@ -74,11 +74,14 @@ def test_two_backbones_see_the_same_images_noise_t_and_dropout(tmp_path, micro, 
 
 
 def test_caching_or_not_is_the_same_run(tmp_path, micro):
+    """The same losses over 24 updates: both ways round latents and text states to fp16, alike but for rounding."""
+    losses = {}
     for name, precompute in (("cached", True), ("live", False)):
-        train(micro({"train": {"images": 16, "precompute": precompute}}), tmp_path / name, progress=False)
-    a, b = final(tmp_path / "cached"), final(tmp_path / "live")
-    for name, tensor in a.tensors["model"].items():
-        torch.testing.assert_close(tensor, b.tensors["model"][name], rtol=0, atol=2e-3)  # 2 updates of lr <= 1e-3
+        train(micro({"train": {"images": 192, "precompute": precompute}}), tmp_path / name, progress=False)
+        records = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses[name] = [r["loss"] for r in records if r["kind"] == "train"]
+    assert len(losses["cached"]) == 24
+    assert losses["live"] == pytest.approx(losses["cached"], rel=1e-5)
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path, micro):
