@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -173,8 +173,8 @@ def plan_memory() -> Iterator[dict[str, Any]]:
             )  # fmt: skip
             memory: StateMemory = state_memory(denoiser, config)
             yield {
-                "model": title, "parameter_count": count_parameters(denoiser), "processes": processes, "sharding": sharding,
-                "shard_size": size, **memory._asdict(), "total": memory.total,
+                "model": title, "parameter_count": count_parameters(denoiser), "processes": processes,
+                "sharding": sharding, "shard_size": size, **memory._asdict(), "total": memory.total,
                 "host_copy": checkpoint_memory(denoiser, config),
             }  # fmt: skip
 
@@ -188,7 +188,7 @@ def tables(stored: dict[str, Any]) -> dict[str, str]:
         "| | processes | images/s | core-seconds an image | to one process | losses apart by |",
         "|---|---|---|---|---|---|",
     ]
-    for row in stored["cost"]["rows"]:
+    for row in stored.get("cost", {}).get("rows", ()):
         cost.append(
             f"| {row['way']} | {row['processes']} | {row['images_per_second']:.0f} | "
             f"{row['core_seconds_per_image']:.4f} | {row['relative_cost']:.2f} | "
@@ -196,7 +196,7 @@ def tables(stored: dict[str, Any]) -> dict[str, str]:
         )
     checkpoint = ["| written | held up, median | first | longest after it |", "|---|---|---|---|"]
     for name in ("in the step", "by a thread"):
-        first, *later = stored["checkpoint"][name]["held_up_seconds"]
+        first, *later = stored["checkpoint"][name]["held_up_seconds"] if "checkpoint" in stored else [0.0, 0.0]
         checkpoint.append(f"| {name} | {statistics.median(later):.3f} s | {first:.3f} s | {max(later):.3f} s |")
     memory = [
         "| model | GPUs | sharding | parameters | gradients | moments | average | copies | **GiB a GPU** | host copy |",
@@ -234,6 +234,7 @@ def main(
     rounds: int = 3,
     preset: str = "tiny",
     checkpoint_preset: str = "S",
+    parts: tuple[Literal["checkpoint", "cost"], ...] = ("checkpoint", "cost"),
     out: Path | None = None,
     table: bool = False,
 ) -> None:
@@ -245,6 +246,7 @@ def main(
         rounds: turns of each way.
         preset: MMDiT of the cost per image.
         checkpoint_preset: MMDiT of the checkpoints.
+        parts: what to measure; the other part stays as it is in `out`.
         out: JSON file for the numbers and where they come from.
         table: write the tables of docs/scaling.md from results/benchmarks/scaling.json, and measure nothing.
     """
@@ -252,17 +254,21 @@ def main(
         write_tables(PAGE, json.loads(STORED.read_text(encoding="utf-8")))
         return
     torch.set_num_threads(1)
-    load = os.getloadavg()
+    stored = out is not None and out.is_file()
+    result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if stored and out is not None else {}
     with tempfile.TemporaryDirectory(prefix="scaling-bench-") as folder:
-        root = Path(folder)
-        checkpoint = measure_checkpoints(root, checkpoint_preset, batch_size=8, every=8, count=4)
-        rows = measure_cost(root, preset, batch_size, steps, rounds)
-    result = {
-        "environment": {**describe_environment(), "load_average_before": load, "threads_a_process": 1},
-        "cost": {"preset": preset, "batch_size": batch_size, "steps": steps, "rounds": rounds, "rows": rows},
-        "checkpoint": {"preset": checkpoint_preset, **checkpoint},
-        "memory": list(plan_memory()),
-    }
+        for part in parts:
+            environment = {**describe_environment(), "load_average_before": os.getloadavg(), "threads_a_process": 1}
+            if part == "cost":
+                rows = measure_cost(Path(folder), preset, batch_size, steps, rounds)
+                about = {"preset": preset, "batch_size": batch_size, "steps": steps, "rounds": rounds, "rows": rows}
+            else:
+                about = {
+                    "preset": checkpoint_preset,
+                    **measure_checkpoints(Path(folder), checkpoint_preset, batch_size=8, every=8, count=4),
+                }
+            result[part] = {"environment": environment, **about}
+    result["memory"] = list(plan_memory())
     for name, text in tables(result).items():
         print(f"\n{name}\n{text}")
     if out is not None:

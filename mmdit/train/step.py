@@ -198,9 +198,12 @@ def update(
 
 
 def _sync(accelerator: Any, denoiser: nn.Module, last: bool) -> Any:
-    """Average gradients over processes at the last micro-batch only."""
+    """Average gradients over processes at the last micro-batch only.
+
+    Not where the model is sharded: gradients that wait to be averaged lie whole in every process, 4 bytes a parameter,
+    and whoever cuts a batch into pieces is short of memory. There each piece's are spread at once.
+    """
     if isinstance(denoiser, FSDPModule):
-        denoiser.set_requires_gradient_sync(last)
         return nullcontext()
     return nullcontext() if last else accelerator.no_sync(denoiser)
 

@@ -12,6 +12,7 @@ from mmdit.train.estimate import kept_for_backward
 from mmdit.train.state_memory import checkpoint_memory, shards_of, state_memory
 from mmdit.train.optim import build_optimizer, optimizer_tensors
 from mmdit.train.sharding import local, shard
+from mmdit.train.step import _sync
 from mmdit.train.trainer import build_seeded
 
 TWO = {"more_emas": {"short": {"decay": 0.5}}}
@@ -58,8 +59,7 @@ def test_the_state_on_paper_is_what_a_process_holds(
 ):
     train = {**TWO, "num_processes": 8, "sharding": sharding, "shard_size": size_of_shard}
     config = micro({"train": train, **({"model": micro_unet} if backbone == "unet" else {})})
-    with torch.device("meta"):
-        unmade = build_denoiser(config.model)
+    unmade = denoiser_on_meta(config)
     paper = state_memory(unmade, config.train)
     denoiser = build_seeded(config)
     if sharding != "none":
@@ -78,6 +78,25 @@ def test_the_state_on_paper_is_what_a_process_holds(
     staged = Background().stage(tables | {stem: ema.state_dict(denoiser) for stem, ema in emas.all.items()})
     copied = size(tensor for table in staged.values() for tensor in table.values())
     assert checkpoint_memory(unmade, config.train) == copied + 2 * size(idle) + 4 * len(idle)
+
+
+def test_pieces_of_a_batch_leave_no_whole_gradients_in_a_process_that_holds_a_shard(micro, eight):
+    """Until the last piece torch would keep them whole beside the shards where it is told to sum before it spreads."""
+    config = micro({"train": {"num_processes": 8, "sharding": "fsdp2", "accumulation": 1}})
+    denoiser = shard(build_seeded(config), config.train, torch.device("cpu"))
+    conditioning = Conditioning(torch.randn(2, 5, 256), torch.randn(2, 224))
+    for last in (False, True):
+        with _sync(None, denoiser, last):
+            denoiser(torch.randn(2, 4, 8, 8), torch.full((2,), 500.0), conditioning).square().mean().backward()
+        paper = state_memory(denoiser_on_meta(config), config.train)
+        idle = [p.detach() for p in denoiser.parameters() if p.grad is None]
+        assert size(p.grad for p in denoiser.parameters() if p.grad is not None) == paper.gradients - size(idle)
+        assert len(idle) < 6
+
+
+def denoiser_on_meta(config):
+    with torch.device("meta"):
+        return build_denoiser(config.model)
 
 
 def test_the_released_sizes_take_twenty_bytes_a_parameter_and_shards_their_part_of_it(micro):

@@ -73,6 +73,15 @@ def test_two_processes_lose_what_one_loses(tmp_path, micro, micro_unet, backbone
 
 
 @pytest.mark.slow
+def test_pieces_of_a_batch_in_two_processes_that_share_a_model_lose_what_one_loses(tmp_path, micro):
+    train(micro({"train": {"images": 160}}), tmp_path / "one", progress=False)
+    tree = {"images": 160, "num_processes": 2, "sharding": "fsdp2", "accumulation": 2}
+    done = launch(micro({"train": tree}), tmp_path / "two", 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_sharded_checkpoint_goes_on_in_any_number_of_processes_and_back(tmp_path, micro):
     def of(images, processes, sharding):
         tree = {"images": images, "num_processes": processes, "sharding": sharding, "lr_schedule": "constant"}
