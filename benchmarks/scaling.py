@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --table                                   # writes the tables of docs/scaling.md anew
 
 The runs are real ones of the command line, over gloo, one thread a process, in turns. Two processes on the cores of one
-machine show what talking costs, not what another machine gains. Memory is counted from shapes (`mmdit.train.state_memory`).
+machine show what talking costs, not what another machine gains. Memory is counted by `mmdit.train.state_memory`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import tyro
 
 from mmdit.config import RunConfig, TrainConfig, model_config, resolve, to_yaml
 from mmdit.models import build_denoiser
-from mmdit.train.state_memory import StateMemory, checkpoint_memory, state_memory
 from mmdit.train.run import count_parameters
+from mmdit.train.state_memory import StateMemory, checkpoint_memory, state_memory
 from mmdit.train.tracking import describe_environment, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,9 +16,9 @@ from mmdit.data import make_dataset
 from mmdit.denoiser import Conditioning
 from mmdit.models import build_denoiser
 from mmdit.pipeline import load_encoders
-from mmdit.train.state_memory import StateMemory, state_memory
 from mmdit.train.run import count_parameters, total_images
 from mmdit.train.sharding import repeated_blocks
+from mmdit.train.state_memory import StateMemory, state_memory
 
 _CAPTIONS = 128  # looked at to learn how many text tokens a batch has
 
@@ -45,9 +45,9 @@ def estimate(config: RunConfig) -> Estimate:
     """Count what a run costs.
 
     FLOP are those of matrix products, convolutions and attention, one multiply-add being two; training is forward and
-    backward. Memory is that of one process: the training's state (`mmdit.train.state_memory`), and what the backward pass
-    keeps of one micro-batch in float32 (bf16 autocast keeps less; with activation checkpointing, the inputs of every
-    block and all of the largest): an upper estimate of what the denoiser needs.
+    backward. Memory is that of one process: the training's state (`mmdit.train.state_memory`), and what the backward
+    pass keeps of one micro-batch in float32 (bf16 autocast keeps less; with activation checkpointing, the inputs of
+    every block and all of the largest): an upper estimate of what the denoiser needs.
     """
     vae, text = load_encoders(config)
     dataset = make_dataset(config.data, "train")

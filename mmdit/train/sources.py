@@ -68,6 +68,8 @@ def build_sources(
         made["train"].order(config.seed, np.arange(1), train.batch_size)
     if train.precompute and progress and (odd := unusual_latents(made["train"])):
         print(odd, flush=True)
+    if train.precompute:  # the training itself needs them no more; `draw_samples` fetches them
+        vae, text = vae.to("cpu"), text.to("cpu")
     first = np.arange(min(SAMPLE_PROMPTS, len(datasets["val"])))
     prompts = list(train.sample_prompts) or datasets["val"].captions(first)
     return Sources(vae, text, made["train"], made["val"], prompts)

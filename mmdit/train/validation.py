@@ -80,6 +80,9 @@ def shares(source: Any, batch_size: int, rank: int, world: int) -> Iterator[tupl
 def draw_samples(run: Run, should_stop: Callable[[], bool]) -> bool:
     """Save a grid of images of the fixed prompts under samples/."""
     config = run.config
+    home = next(run.vae.parameters()).device  # of a cached run the CPU: a T5-XXL is 10 to 19 GB that no update needs
+    run.vae.to(run.accelerator.device)
+    run.text.to(run.accelerator.device)
     pipeline = TextToImage(
         run.module, run.vae, run.text, run.schedule, config.diffusion.prediction, config.sampling, config.encoders,
         precision=config.train.precision, size=config.data.resolution,
@@ -90,6 +93,9 @@ def draw_samples(run: Run, should_stop: Callable[[], bool]) -> bool:
         images = pipeline(run.prompts, seed=SAMPLE_SEED, should_stop=alone)
     except Stopped:
         return False
+    finally:
+        run.vae.to(home)
+        run.text.to(home)
     if run.accelerator.is_main_process:
         settings = pipeline.settings(
             seed=SAMPLE_SEED, prompts=run.prompts, images_seen=run.images_seen, run=config.name

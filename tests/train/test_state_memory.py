@@ -9,9 +9,9 @@ from mmdit.models import build_denoiser
 from mmdit.train.background import Background
 from mmdit.train.ema import EMAs
 from mmdit.train.estimate import kept_for_backward
-from mmdit.train.state_memory import checkpoint_memory, shards_of, state_memory
 from mmdit.train.optim import build_optimizer, optimizer_tensors
 from mmdit.train.sharding import local, shard
+from mmdit.train.state_memory import checkpoint_memory, shards_of, state_memory
 from mmdit.train.step import _sync
 from mmdit.train.trainer import build_seeded
 
@@ -132,3 +132,19 @@ def test_recomputed_blocks_keep_their_inputs_and_one_block_at_a_time(micro):
     tokens, width = 4 * 4 + 9, 32
     assert recomputed == 2 * tokens * width * 4  # image and text tokens in float32; the modulation's input is shared
     assert whole > 10 * recomputed
+
+
+def test_encoders_leave_the_device_once_everything_is_encoded_and_stay_where_it_is_encoded_anew(
+    micro, tmp_path, monkeypatch
+):
+    """A T5-XXL takes 10 to 19 GB of each GPU that no update needs."""
+    from mmdit.encoders.text import TextEncoders
+    from mmdit.train.sources import build_sources
+
+    places, original = [], TextEncoders.to
+    monkeypatch.setattr(TextEncoders, "to", lambda self, place: (places.append(str(place)), original(self, place))[1])
+    for precompute, expected in ((True, ["cpu:0", "cpu"]), (False, ["cpu:0"])):
+        places.clear()
+        config = micro({"train": {"precompute": precompute}})
+        build_sources(config, tmp_path, torch.device("cpu:0"), progress=False)
+        assert places == expected
