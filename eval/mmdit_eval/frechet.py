@@ -56,6 +56,7 @@ def frechet_from_statistics(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) ->
     means = [np.asarray(m, dtype=np.float64) for m in (mean_a, mean_b)]
     covs = [np.asarray(c, dtype=np.float64) for c in (cov_a, cov_b)]
     width = means[0].shape[0] if means[0].ndim == 1 else -1
+    factors = []
     for name, mean, cov in (("a", means[0], covs[0]), ("b", means[1], covs[1])):
         if mean.shape != (width,) or cov.shape != (width, width):
             raise ValueError(
@@ -63,9 +64,9 @@ def frechet_from_statistics(mean_a: Any, cov_a: Any, mean_b: Any, cov_b: Any) ->
             )
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
             raise ValueError(f"mean_{name} or cov_{name} holds a value that is not finite")
-        if asymmetry(cov) > 1e-5 * np.abs(np.diag(cov)).max(initial=0.0):
+        if (gap := asymmetry(cov)) > 1e-5 * np.abs(np.diag(cov)).max(initial=0.0):
             raise ValueError(f"cov_{name} is no covariance: it is not symmetric")
-    factors = [factor_of_covariance(symmetrical(cov)) for cov in covs]
+        factors.append(factor_of_covariance(symmetrical(cov, gap)))
     return _distance(means[0] - means[1], *factors)
 
 

@@ -22,7 +22,7 @@ import scipy.linalg
 from scipy.linalg import lapack
 
 from mmdit_eval.factors import EPSILON, Factor
-from mmdit_eval.moments import FloatArray
+from mmdit_eval.moments import FloatArray, transposed
 
 _WIDE = 256  # features from which on eigenvalues are worth their care; below, an SVD costs nothing
 _BLOCK = 128  # columns of a panel of the QR
@@ -106,7 +106,7 @@ def _log_determinant(*triangles: FloatArray) -> float:
 def _reduced_eigenvalues(upper: FloatArray, cov: FloatArray) -> FloatArray:
     """Return the eigenvalues of upper cov upperᵀ, rising. One reduction is half the work of two products."""
     # LAPACK's lower form, Lᵀ cov L with L = upperᵀ, is the faster one, and so is its lower triangle for `eigvalsh`
-    reduced, _ = lapack.dsygst(cov.T, np.asfortranarray(upper.T), itype=2, lower=1)
+    reduced, _ = lapack.dsygst(cov.T, transposed(upper), itype=2, lower=1)
     values: FloatArray = scipy.linalg.eigvalsh(reduced, lower=True, driver="ev", check_finite=False, overwrite_a=True)
     return values
 
@@ -122,4 +122,4 @@ def _graded(product: FloatArray) -> tuple[FloatArray, float]:
     upper = np.asfortranarray(factored[: len(ordered)])  # nobody reads below its diagonal
     known = _log_determinant(upper)
     squared, _ = lapack.dlauum(upper, lower=0, overwrite_c=1)
-    return np.asfortranarray(squared.T), known
+    return transposed(squared), known

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from mmdit_eval import frechet_distance
-from mmdit_eval.moments import Moments, asymmetry, symmetrical
+from mmdit_eval.moments import Moments, asymmetry, symmetrical, transposed
 
 OURS = {"name": "tiny_clip", "hash": "abc", "resize": "bicubic"}
 
@@ -181,6 +181,13 @@ def test_asymmetry_is_found_wherever_it_stands(size):
         matrix[size - 1, 0] += 0.5
         assert asymmetry(matrix) == pytest.approx(0.5)
         assert asymmetry(symmetrical(matrix)) == 0
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 300])
+def test_a_transpose_by_blocks_is_the_transpose_in_lapacks_order(size):
+    matrix = np.random.default_rng(0).normal(size=(size, size))
+    assert np.array_equal(transposed(matrix), matrix.T)
+    assert transposed(matrix).flags.f_contiguous
 
 
 @pytest.mark.parametrize("d", [1, 130, 257])
