@@ -143,11 +143,11 @@ def _small_disk(folder: Path, wrong: list[str]) -> dict[str, Any] | str:
         return "no file system can be mounted here"
     try:
         session = run(config, mounted / "run")
-        saved = steps_saved(mounted / "run")
+        saved, said = steps_saved(mounted / "run"), session.output()
     finally:
         subprocess.run(["umount", str(mounted)], check=False)
-    if session.codes != [3] or "Free" not in session.output() or saved < 1:
-        wrong.append(f"small disk: {session.codes}, step {saved}: {session.output()[-500:]}")
+    if session.codes != [3] or "Free" not in said or saved < 1:
+        wrong.append(f"small disk: {session.codes}, step {saved}: {said[-500:]}")
     return {"exit_code": session.codes[0], "newest_step": saved, "checkpoint_bytes": one}
 
 
