@@ -144,7 +144,7 @@ def statistics_command(words: Sequence[str]) -> int:
 def compare_command(words: Sequence[str]) -> int:
     """Compare two stored results picture by picture."""
     parser = _parser("evaluate.py compare", "Compare two results picture by picture; unlike stamps are refused.")
-    parser.add_argument("a", type=Path, help="result (.json), or run folder: its newest result")
+    parser.add_argument("a", type=Path, help="result (.json), or run folder: that of its last judged checkpoint")
     parser.add_argument("b", type=Path, help="the same; the table shows a - b")
     parser.add_argument("--varies", nargs="*", default=[], help="inference fields that may differ")
     parser.add_argument("--out", type=Path, help="JSON file for the differences")
@@ -242,7 +242,7 @@ def print_set(result: Mapping[str, Any]) -> None:
 
 def print_comparison(a: Mapping[str, Any], b: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Print two results and their difference, score by score."""
-    _say(f"a: {a['run']}    b: {b['run']}    paired by picture")
+    _say(f"a: {_judged(a)}    b: {_judged(b)}    paired by picture")
     table = _table("split", "a", "b", "a − b", "interval")
     for split, scores in found.items():
         for name, estimate in scores.items():
@@ -250,6 +250,13 @@ def print_comparison(a: Mapping[str, Any], b: Mapping[str, Any], found: Mapping[
             shown_values = [shown(name, value) for value in (*values, estimate["value"])]
             table.add_row(_label(name), split, *shown_values, _interval(name, estimate))
     _console().print(table)
+
+
+def _judged(result: Mapping[str, Any]) -> str:
+    """Name what was judged; of a run also the checkpoint and the suite."""
+    if "suite" not in result:
+        return str(result["run"])
+    return f"{result['run']} at {result['images_seen']:,} images by {result['suite']}"
 
 
 def _label(name: str) -> str:

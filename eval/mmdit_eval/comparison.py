@@ -114,18 +114,23 @@ def read_result(path: str | Path) -> dict[str, Any] | None:
 
 
 def find_result(path: str | Path) -> dict[str, Any]:
-    """Read a result that must be there: a JSON file, or the newest result of a run folder.
+    """Read a result that must be there: a JSON file, or that of a run folder's last judged checkpoint.
+
+    Where several suites have judged that checkpoint, the last one that did: `print_comparison` says which.
 
     Raises:
         FileNotFoundError: no such file, or a run that was not judged yet. ValueError: not a result.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted((path / "eval").glob("*.json"), key=lambda file: file.stat().st_mtime)
-        results = [file for file in files if read_result(file) is not None]
-        if not results:
+        judged = []
+        for file in (path / "eval").glob("*.json"):
+            result = read_result(file)
+            if result is not None and "suite" in result:  # a sweep's table has none
+                judged.append((result["images_seen"], file.stat().st_mtime, file))
+        if not judged:
             raise FileNotFoundError(f"no result in {path / 'eval'}; make one: python scripts/evaluate.py {path}")
-        path = results[-1]
+        path = max(judged)[2]
     if not path.is_file():
         raise FileNotFoundError(f"no result {path}; give the .json of scripts/evaluate.py, or a run folder")
     result = read_result(path)

@@ -114,8 +114,10 @@ def _read_cell(folder: Path, entry: Mapping[str, Any], suite: Mapping[str, Any],
             cell.log.append(json.loads(line))
         except ValueError:
             continue  # the last line of a run that was killed while writing it
-    found = [read_result(path) for path in sorted((folder / "eval").glob(f"{suite['name']}-*.json"))]
-    results = sorted((result for result in found if result is not None), key=lambda result: result["images_seen"])
+    found = [read_result(path) for path in sorted((folder / "eval").glob("*.json"))]
+    # by what a result says of itself: a sweep by the suite `tiny` leaves `tiny-guidance-8` and a table beside it
+    own = (result for result in found if result is not None and result.get("suite") == suite["name"])
+    results = sorted(own, key=lambda result: result["images_seen"])
     if not results:
         return cell
     cell.result = results[-1]

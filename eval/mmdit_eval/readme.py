@@ -49,8 +49,9 @@ def store_study(folder: str | Path, results: str | Path) -> Path:
     top = ("summary.json", "study.json", "ceiling.json", "ceiling/*.png", "report.html", "table.*", "*.png")
     of_a_cell = ("attention.json", "config.yaml", "metrics.jsonl", "environment.json", "eval/*.json")
     patterns = [*top, *(f"*/{name}" for name in of_a_cell)]
+    suite = json.loads((folder / "study.json").read_text(encoding="utf-8"))["study"]["suite"]["name"]
     for cell in summary["cells"]:
-        final = max((path.stem for path in (folder / cell / "eval").glob("*.json")), default=None)
+        final = max((path.stem for path in (folder / cell / "eval").glob(f"{suite}-{'[0-9]' * 12}.json")), default=None)
         patterns += [f"{cell}/samples/{final}/*.png"] if final else []
     for file in sorted(found for pattern in patterns for found in folder.glob(pattern)):
         target = temporary / file.relative_to(folder)

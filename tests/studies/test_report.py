@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import os
 import re
 
 import numpy as np
 import pytest
 import yaml
 from mmdit_eval.claims import verdict
-from mmdit_eval.comparison import check_comparable, compare
+from mmdit_eval.comparison import check_comparable, compare, find_result
 from mmdit_eval.figures import figures
 from mmdit_eval.findings import at_budget, cost_table, equal_budgets, estimate, read_study
 from mmdit_eval.plots import row_styles
@@ -244,6 +245,39 @@ def test_a_finished_study_is_stored_without_weights_and_replaces_what_was_there(
     with pytest.raises(ValueError, match="no folder name"):
         store_study(study, tmp_path / "results")
     assert (out / "summary.json").is_file()
+
+
+def judge_otherwise(run, suite, guidance, seen=3000):
+    """Leave a result of another suite in a run's folder, as a guidance sweep does, and the sweep's own table."""
+    result = json.loads((run / "eval" / "tiny-000000003000.json").read_text())
+    result.update(suite=suite, images_seen=seen)
+    result["stamp"] = {**STAMP, "inference": {**STAMP["inference"], "sampling.guidance_scale": guidance}}
+    for split in result["splits"].values():
+        split["scores"]["all_correct"]["value"] = 0.123
+    (run / "eval" / f"{suite}-{seen:012d}.json").write_text(json.dumps(result))
+    table = {"run": run.name, "images_seen": seen, "splits": {"seen": {"num_images": 40}}, "stamp": STAMP, "points": []}
+    (run / "eval" / f"tiny-sweep-{seen:012d}.json").write_text(json.dumps(table))
+
+
+def test_what_a_sweep_or_another_suite_left_in_a_cell_enters_neither_report_nor_store(study, tmp_path):
+    before = summary(read_study(study))
+    for run in (study / "mmdit-s0", study / "unet-s0"):
+        judge_otherwise(run, "tiny-guidance-8", 8.0)
+        judge_otherwise(run, "zz", 1.0)
+    assert summary(read_study(study)) == before
+    write_report(study)
+    out = store_study(study, tmp_path / "results")
+    assert (out / "mmdit-s0" / "samples" / "tiny-000000003000" / "seen-000.png").is_file()
+
+
+def test_a_run_folder_is_compared_by_its_last_checkpoint_whatever_file_is_newest(study):
+    run = study / "mmdit-s0"
+    files = sorted((run / "eval").glob("*.json"))
+    os.utime(files[0], (2e9, 2e9))  # a snapshot that a checkout or a copy has put down last
+    assert find_result(run)["images_seen"] == 3000
+    judge_otherwise(run, "tiny-guidance-8", 8.0, seen=2000)
+    os.utime(run / "eval" / "tiny-sweep-000000002000.json", (2e9, 2e9))  # a sweep's table is no result of one run
+    assert find_result(run)["suite"] == "tiny"
 
 
 def test_a_split_smaller_than_a_snapshot_keeps_its_last_point_and_its_own_count(study):
