@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdit_eval.verdicts import LEVEL, TTest, t_test
+from mmdit_eval.verdicts import LEVEL, TTest, is_round_off, t_test
 
 
 def mixed_difference(first: Any, second: Any, level: float = LEVEL) -> TTest:
@@ -52,7 +52,7 @@ def mixed_difference(first: Any, second: Any, level: float = LEVEL) -> TTest:
     if by_prompt > share * rest:
         terms += [(by_prompt / prompts, prompts - 1), (-share * rest / prompts, freedom * (prompts - 1))]
     variance = sum(term for term, _ in terms)
-    if variance <= 0:
+    if variance <= 0 or is_round_off(math.sqrt(variance), a, b):
         raise ValueError("no spread over seeds or prompts in either row")
     df = variance**2 / sum(term**2 / df for term, df in terms)
     return t_test(float(a.mean() - b.mean()), math.sqrt(variance), df, level)

@@ -253,6 +253,19 @@ def test_one_seed_gives_no_verdict_and_equal_seeds_give_none_either():
     assert "no test" in sentence(apart, "seen combinations")
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "pairs"), [([0.1] * 3, [0.7] * 3, False), ([0.3, 0.4, 0.5], [0.2, 0.3, 0.4], True)]
+)
+def test_the_round_off_of_equal_numbers_is_no_spread_over_seeds(a, b, pairs):
+    assert np.std(np.subtract(a, b) if pairs else a) > 0  # 1e-17, which would make the difference certain
+    found = decide([claim(by_seed(a), by_seed(b), pairs=pairs)])[0]
+    assert (found["verdict"], found["p"]) == ("no spread", None)
+    assert "no test" in sentence(found, "seen combinations")
+    assert hedges_g([0.1] * 3, [0.7] * 3) is None
+    with pytest.raises(ValueError, match="no spread"):
+        mixed_difference(np.full((3, 4), 0.1), np.full((3, 4), 0.7))
+
+
 def test_pairs_are_made_from_three_shared_seeds_on_and_only_from_shared_ones():
     a, b = {0: 0.5, 1: 0.6, 2: 0.7, 3: 0.9}, {1: 0.5, 2: 0.61, 0: 0.4, 7: 0.1}
     found = difference(a, b, pairs=True)
