@@ -328,12 +328,20 @@ def list_runs(folder: str | Path) -> list[Path]:
     return sorted(run for run in found if (run / CONFIG).is_file())
 
 
-def prune_checkpoints(run_dir: str | Path, keep: int, kept: Callable[[int], bool] = lambda images_seen: False) -> None:
+def prune_checkpoints(
+    run_dir: str | Path,
+    keep: int,
+    kept: Callable[[int], bool] = lambda images_seen: False,
+    newest: int | None = None,
+) -> None:
     """Remove all but the newest `keep`; those for which `kept(images_seen)` holds stay whatever their age.
 
-    Call it after the newest has been verified.
+    Args:
+        newest: images_seen of the one that was just written and verified. Those beyond it were passed over as damaged
+            when the run was resumed: they neither count nor go, else the good one would go for a damaged one's sake.
     """
-    for path in list_checkpoints(run_dir)[:-keep]:
+    known = [path for path in list_checkpoints(run_dir) if newest is None or int(path.name) <= newest]
+    for path in known[:-keep]:
         if not kept(int(path.name)):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -374,8 +382,8 @@ def thin_checkpoint(path: str | Path, stems: Sequence[str]) -> int:
         sync(temporary / STATE)
         own = {name: entries[name] for name in names if name not in dropped}
         write_text(temporary / MANIFEST, manifest_text({**own, STATE: fingerprint(temporary / STATE)}))
-        sync(temporary / MANIFEST)
-        sync(temporary)
+        for place in (temporary / MANIFEST, *(p for p in temporary.iterdir() if p.is_dir()), temporary):
+            sync(place)  # folders of shards, too: the new names in them are not yet on the disk
         put_in_place(temporary, path)
         sync(path.parent)
     except OSError as error:
@@ -431,6 +439,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
     aside = path.with_name(f"{_ASIDE}{path.name}-{uuid.uuid4().hex[:8]}")
     path.rename(aside)
     temporary.rename(path)
+    sync(path.parent)  # else a power cut may keep the removal below and take the renames back
     shutil.rmtree(aside, ignore_errors=True)
 
 

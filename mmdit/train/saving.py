@@ -55,7 +55,7 @@ def save(run: Run, complete: bool = False) -> Path:
     _raise_together(run, path, error)
     run.saved_at = run.images_seen
     if run.accelerator.is_main_process:
-        _prune(run)
+        _prune(run, run.images_seen)
         if complete:
             _mark_complete(run, path)
     run.accelerator.wait_for_everyone()
@@ -102,7 +102,7 @@ def begin(run: Run) -> None:
     def write() -> None:
         _write(run, staged, counters, group)
         if main:
-            _prune(run)
+            _prune(run, counters["images_seen"])
 
     run.background.begin(run.images_seen, write if main or run.sharded else None)
 
@@ -235,10 +235,10 @@ def _write(run: Run, tensors: dict[str, dict[str, Tensor]], counters: dict[str, 
     return _folder(run, images_seen)
 
 
-def _prune(run: Run) -> None:
+def _prune(run: Run, newest: int) -> None:
     train = run.config.train
     every = train.keep_every
-    prune_checkpoints(run.run_dir, train.keep_checkpoints, lambda n: every > 0 and n % every < train.batch_size)
+    prune_checkpoints(run.run_dir, train.keep_checkpoints, lambda n: every > 0 and n % every < train.batch_size, newest)
 
 
 def _mark_complete(run: Run, path: Path) -> None:

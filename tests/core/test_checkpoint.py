@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there: atomic writing, verification, walking back, pruning."""
 
+import json
 import os
 import random
 import shutil
@@ -276,11 +277,41 @@ def test_every_file_is_synced_before_the_rename(tmp_path, monkeypatch):
     assert synced[-1] == "checkpoints"
 
 
+def test_what_is_replaced_goes_only_once_the_new_names_are_on_the_disk(tmp_path, monkeypatch):
+    """A disk may keep a removal and forget the renames before it: only an fsync of their folder puts them in order."""
+    path, done = save(tmp_path, 8), []
+    (path / "ema").mkdir()  # as in a sharded checkpoint
+    (path / "ema.safetensors").rename(path / "ema" / "shard-00001-model.safetensors")
+    text = (path / "manifest.json").read_text().replace("ema.safetensors", "ema/shard-00001-model.safetensors")
+    (path / "manifest.json").write_text(room.manifest_text(json.loads(text)["files"]))
+    sync, rename, remove = room.sync, Path.rename, shutil.rmtree
+    monkeypatch.setattr(room, "sync", lambda at: (done.append(("sync", Path(at).name)), sync(at)))
+    monkeypatch.setattr(Path, "rename", lambda at, to: (done.append(("rename", Path(to).name)), rename(at, to))[1])
+    monkeypatch.setattr(shutil, "rmtree", lambda at, **more: (done.append(("remove", Path(at).name)), remove(at, **more)))
+    thin_checkpoint(path, ["ema"])
+    visible = done.index(("rename", path.name))
+    removed = next(i for i, (what, name) in enumerate(done) if what == "remove" and name.startswith(".old-"))
+    assert ("sync", "checkpoints") in done[visible:removed]
+    assert ("sync", "ema") in done[:visible]
+    verify_checkpoint(path)
+
+
 def test_pruning_keeps_the_newest_and_the_marked(tmp_path):
     for images_seen in (8, 16, 24, 32, 40):
         save(tmp_path, images_seen)
     prune_checkpoints(tmp_path, 2, kept=lambda images_seen: images_seen == 16)
     assert [int(p.name) for p in list_checkpoints(tmp_path)] == [16, 32, 40]
+
+
+def test_a_damaged_later_checkpoint_never_costs_the_good_one_that_was_just_written(tmp_path):
+    for images_seen in (8, 16, 24):
+        save(tmp_path, images_seen)
+    damaged = tmp_path / "checkpoints" / f"{24:012d}" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    save(tmp_path, 20)  # resumed from 16, since 24 does not verify
+    prune_checkpoints(tmp_path, 1, newest=20)
+    assert [int(path.name) for path in list_checkpoints(tmp_path)] == [20, 24]
+    assert latest_checkpoint(tmp_path).name == f"{20:012d}"
 
 
 def test_non_finite_parameters_are_never_saved():
