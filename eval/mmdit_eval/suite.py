@@ -125,7 +125,7 @@ def evaluate_run(
     weights_hash = checkpoint_hash(path, weights_stem(suite.weights))
     known = read_result(file)
     same = known is not None and known["stamp"] == stamp and known["checkpoint_sha256"] == weights_hash
-    if known is not None and same and all((run_dir / sample).is_file() for sample in known["samples"]):
+    if known is not None and same and _is_whole(known, run_dir, suite, used):
         return known
 
     started = time.perf_counter()
@@ -180,6 +180,14 @@ def evaluate_run(
     share.broadcast(result)
     say(f"{run_dir.name} at {int(path.name):,} images: {_in_one_line(splits)}  ({result['seconds']['total']:.0f} s)")
     return result
+
+
+def _is_whole(known: Mapping[str, Any], run_dir: Path, suite: SuiteConfig, used: Mapping[str, Reference]) -> bool:
+    """Say whether a result has its pictures, and was measured on as few, too, as the snapshots: a curve has one N."""
+    few = suite.snapshot_images
+    long = [split for split, reference in used.items() if 0 < few < len(reference.indices)]
+    counted = all(known["prefix"].get(split, {}).get("num_images") == few for split in long)
+    return counted and all((run_dir / sample).is_file() for sample in known["samples"])
 
 
 def evaluate_snapshots(

@@ -287,7 +287,7 @@ def test_what_is_replaced_goes_only_once_the_new_names_are_on_the_disk(tmp_path,
     sync, rename, remove = room.sync, Path.rename, shutil.rmtree
     monkeypatch.setattr(room, "sync", lambda at: (done.append(("sync", Path(at).name)), sync(at)))
     monkeypatch.setattr(Path, "rename", lambda at, to: (done.append(("rename", Path(to).name)), rename(at, to))[1])
-    monkeypatch.setattr(shutil, "rmtree", lambda at, **more: (done.append(("remove", Path(at).name)), remove(at, **more)))
+    monkeypatch.setattr(shutil, "rmtree", lambda at, **_: (done.append(("remove", Path(at).name)), remove(at)))
     thin_checkpoint(path, ["ema"])
     visible = done.index(("rename", path.name))
     removed = next(i for i, (what, name) in enumerate(done) if what == "remove" and name.startswith(".old-"))

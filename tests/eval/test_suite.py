@@ -105,6 +105,14 @@ def test_snapshots_judge_the_earlier_checkpoints_and_the_last_one_gets_as_many_p
     assert earlier[0]["splits"]["seen"]["scores"] != earlier[1]["splits"]["seen"]["scores"]
 
 
+def test_other_snapshots_give_the_last_point_of_a_curve_as_many_pictures_as_the_others(run):
+    assert evaluate_run(run, small(snapshot_images=3), say=silent)["prefix"]["seen"]["num_images"] == 3
+    evaluate_snapshots(run, small(snapshot_images=4), say=silent)
+    last = evaluate_run(run, small(snapshot_images=4), say=silent)  # the same stamp: this is no part of it
+    assert {split: found["num_images"] for split, found in last["prefix"].items()} == {"seen": 4, "heldout": 4}
+    assert evaluate_run(run, small(snapshot_images=0), say=silent) == json.loads(json.dumps(last))
+
+
 def test_a_damaged_snapshot_costs_its_point_alone(run):
     (run / "checkpoints/000000000016/ema.safetensors").write_bytes(b"damaged")
     said = []

@@ -253,9 +253,7 @@ def test_one_seed_gives_no_verdict_and_equal_seeds_give_none_either():
     assert "no test" in sentence(apart, "seen combinations")
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "pairs"), [([0.1] * 3, [0.7] * 3, False), ([0.3, 0.4, 0.5], [0.2, 0.3, 0.4], True)]
-)
+@pytest.mark.parametrize(("a", "b", "pairs"), [([0.1] * 3, [0.7] * 3, False), ([0.3, 0.4, 0.5], [0.2, 0.3, 0.4], True)])
 def test_the_round_off_of_equal_numbers_is_no_spread_over_seeds(a, b, pairs):
     assert np.std(np.subtract(a, b) if pairs else a) > 0  # 1e-17, which would make the difference certain
     found = decide([claim(by_seed(a), by_seed(b), pairs=pairs)])[0]
