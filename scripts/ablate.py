@@ -49,6 +49,9 @@ def main() -> int:
     except (ConfigError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"the study's folder cannot be written or read ({error}); what is trained is kept", file=sys.stderr)
+        return 3
     except StudyInterrupted as stopped:
         print(f"\n{stopped}\ngo on with: python {shlex.join(sys.argv)}", file=sys.stderr)
         return 75

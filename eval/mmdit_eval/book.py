@@ -7,7 +7,6 @@ defaults of what they lack; newer ones are refused.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,9 +58,9 @@ class Book:
         self.write()
 
     def write(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({**self.head, "cells": self.cells}, indent=1), encoding="utf-8")
-        temporary.replace(self.path)
+        from mmdit.checkpoint import write_whole  # torch, which those who only read a book do without
+
+        write_whole(self.path, json.dumps({**self.head, "cells": self.cells}, indent=1))
 
 
 def cell_name(row: str, seed: int) -> str:

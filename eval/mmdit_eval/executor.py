@@ -41,30 +41,36 @@ def run_queue(
     """
     waiting, running = list(commands), dict[str, Any]()
     stopped, gpus = False, visible_devices() if devices is None else [str(device) for device in devices]
-    while running or (waiting and not stopped):
-        try:
-            while waiting and len(running) < workers and not stopped:
-                name = waiting.pop(0)
-                taken = {int(process.place) for process in running.values()}
-                place = min(set(range(workers)) - taken)
-                begun(name)
-                running[name] = start(commands[name], environment(workers, place, gpus))
-                running[name].place = place
-            time.sleep(poll)
-            for name, process in list(running.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del running[name]
-                ended(name, code)
-                if code in (EXIT_INTERRUPTED, *EXITS_UNBEGUN) and not stopped:
-                    stopped = True
+    try:
+        while running or (waiting and not stopped):
+            try:
+                while waiting and len(running) < workers and not stopped:
+                    name = waiting.pop(0)
+                    taken = {int(process.place) for process in running.values()}
+                    place = min(set(range(workers)) - taken)
+                    begun(name)
+                    running[name] = start(commands[name], environment(workers, place, gpus))
+                    running[name].place = place
+                time.sleep(poll)
+                for name, process in list(running.items()):
+                    code = process.poll()
+                    if code is None:
+                        continue
+                    del running[name]
+                    ended(name, code)
+                    if code in (EXIT_INTERRUPTED, *EXITS_UNBEGUN) and not stopped:
+                        stopped = True
+                        ask_to_stop(running)
+            except KeyboardInterrupt:
+                if not stopped:
+                    print("\nstopping: what is being trained saves its state ...", flush=True)
                     ask_to_stop(running)
-        except KeyboardInterrupt:
-            if not stopped:
-                print("\nstopping: what is being trained saves its state ...", flush=True)
-                ask_to_stop(running)
-            stopped = True
+                stopped = True
+    except BaseException:  # `begun` or `ended` could not write: nobody would watch over what runs, or know of it
+        ask_to_stop(running)
+        for process in running.values():
+            process.wait()
+        raise
     return not waiting and not stopped
 
 

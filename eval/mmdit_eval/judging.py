@@ -165,7 +165,7 @@ def _judge_apart(
             file = _file(folder, cell, "result")
             if file.is_file():
                 _note(book, cell, json.loads(file.read_text(encoding="utf-8"))["reason"], references.say)
-            elif codes.get(name) not in (None, executor.EXIT_INTERRUPTED):
+            elif codes.get(name) not in (None, executor.EXIT_INTERRUPTED, *executor.EXITS_UNBEGUN):
                 _note(
                     book,
                     cell,

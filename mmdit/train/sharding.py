@@ -66,9 +66,7 @@ def shard(denoiser: nn.Module, config: TrainConfig, device: torch.device) -> nn.
             f"... --train.num_processes N"
         )
     if config.sharding == "hsdp":
-        size = config.shard_size or torch.cuda.device_count() or world
-        if world % size:
-            raise ConfigError(f"train.shard_size {size} does not divide the {world} processes")
+        size = shards_of(config, world)
         mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
@@ -84,6 +82,22 @@ def shard(denoiser: nn.Module, config: TrainConfig, device: torch.device) -> nn.
     whole_model = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(denoiser, mesh=mesh, mp_policy=whole_model, reshard_after_forward=True)
     return denoiser
+
+
+def shards_of(config: TrainConfig, processes: int) -> int:
+    """Return over how many processes one copy of the model is spread; `hsdp` without a size: over those of a machine.
+
+    Raises:
+        ConfigError: `hsdp` with a shard_size that does not divide the processes.
+    """
+    if config.sharding == "none":
+        return 1
+    if config.sharding == "fsdp2":
+        return processes
+    size = config.shard_size or min(torch.cuda.device_count(), processes) or processes
+    if processes % size:
+        raise ConfigError(f"train.shard_size {size} does not divide the {processes} processes")
+    return size
 
 
 def is_sharded(module: nn.Module) -> bool:

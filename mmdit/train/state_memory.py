@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from mmdit.config import TrainConfig
-from mmdit.train.sharding import repeated_blocks
+from mmdit.train.sharding import repeated_blocks, shards_of
 
 _FLOAT32, _BFLOAT16 = 4, 2
 
@@ -67,22 +67,6 @@ def state_memory(denoiser: nn.Module, config: TrainConfig, processes: int | None
         averages=_FLOAT32 * (1 + len(config.more_emas)) * sum(_part(p, ways) for p in denoiser.parameters()),
         copies=_copies(denoiser, config),
     )
-
-
-def shards_of(config: TrainConfig, processes: int) -> int:
-    """Return over how many processes one copy of the model is spread.
-
-    Raises:
-        ValueError: `hsdp` with a shard_size that does not divide the processes.
-    """
-    if config.sharding == "none":
-        return 1
-    if config.sharding == "fsdp2":
-        return processes
-    size = config.shard_size or processes
-    if processes % size:
-        raise ValueError(f"train.shard_size {size} does not divide {processes} processes")
-    return size
 
 
 def checkpoint_memory(denoiser: nn.Module, config: TrainConfig, processes: int | None = None) -> int:

@@ -132,7 +132,7 @@ def detect(files: WeightFiles) -> Detected:
             rest = [key for key in rest if not key.startswith(prefix)]
     leftovers = tuple(key for key in rest if _LEFTOVERS.fullmatch(key))
     rest = [key for key in rest if not _LEFTOVERS.fullmatch(key)]
-    alone = next((n for n, key, width in _ALONE if key in rest and width in (None, files.shape(key)[-1])), None)
+    alone = next((n for n, key, width in _ALONE if key in rest and width in (None, *files.shape(key)[-1:])), None)
     if alone is not None and alone not in parts:
         parts[alone] = Part(alone, "", tuple(rest), _vae_layout(rest, ""))
         rest = []

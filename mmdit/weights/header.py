@@ -146,7 +146,7 @@ def _entries(path: Path, table: dict[str, Any], offset: int, size: int) -> dict[
             name, shape, (start, stop) = described["dtype"], described["shape"], described["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise WeightsError(f"{path} describes {key!r} without dtype, shape and data_offsets") from error
-        if name not in ITEMSIZE:
+        if not isinstance(name, str) or name not in ITEMSIZE:
             raise WeightsError(f"{path} holds {key!r} as {name!r}; known are {', '.join(ITEMSIZE)}")
         numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
         if not all(type(number) is int and number >= 0 for number in numbers):

@@ -294,6 +294,19 @@ def test_one_that_was_interrupted_from_outside_stops_the_others_after_they_saved
     assert codes == {"told": 75, "saving": 75}
 
 
+def test_what_cannot_be_written_down_leaves_no_training_behind_that_nobody_watches(tmp_path):
+    note = tmp_path / "note"
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(note)!r}).exists(): time.sleep(0.02)"
+    commands = {"saving": [sys.executable, "-c", CHILD, str(note)], "done": [sys.executable, "-c", wait]}
+
+    def full(name, code):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        run_queue(commands, 2, lambda name: None, full)
+    assert note.read_text() == "ready saved "
+
+
 def test_workers_share_the_cores_and_run_everything_in_order(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from mmdit.config import model_config
+from mmdit.config import ConfigError, model_config
 from mmdit.denoiser import Conditioning
 from mmdit.models import build_denoiser
 from mmdit.train.background import Background
 from mmdit.train.ema import EMAs
 from mmdit.train.estimate import kept_for_backward
 from mmdit.train.optim import build_optimizer, optimizer_tensors
-from mmdit.train.sharding import local, shard
-from mmdit.train.state_memory import checkpoint_memory, shards_of, state_memory
+from mmdit.train.sharding import local, shard, shards_of
+from mmdit.train.state_memory import checkpoint_memory, state_memory
 from mmdit.train.step import _sync
 from mmdit.train.trainer import build_seeded
 
@@ -113,8 +113,20 @@ def test_the_released_sizes_take_twenty_bytes_a_parameter_and_shards_their_part_
 
 def test_a_shard_size_that_does_not_divide_is_refused(micro):
     config = micro({"train": {"num_processes": 8, "sharding": "hsdp", "shard_size": 3}}).train
-    with pytest.raises(ValueError, match="shard_size 3 does not divide 8"):
+    with pytest.raises(ConfigError, match="shard_size 3 does not divide the 8 processes"):
         shards_of(config, 8)
+
+
+@pytest.mark.parametrize(("gpus", "processes", "ways"), [(0, 8, 8), (4, 8, 4), (8, 32, 8), (8, 4, 4)])
+def test_hsdp_without_a_size_counts_memory_as_it_shards_by_the_gpus_of_a_machine(
+    micro, monkeypatch, gpus, processes, ways
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = micro({"train": {"num_processes": processes, "batch_size": 32, "sharding": "hsdp"}}).train
+    assert shards_of(config, processes) == ways
+    wide = torch.nn.Sequential(torch.nn.Linear(3, 64, device="meta"))
+    wide.middle_block = wide[0]
+    assert state_memory(wide, config).parameters == 4 * 4 * 64 // ways
 
 
 def test_recomputed_blocks_keep_their_inputs_and_one_block_at_a_time(micro):

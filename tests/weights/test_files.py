@@ -199,6 +199,7 @@ HEADERS = {
     "shape of floats": ({"a": entry(0, 4, (1.0,))}, 4, "shape"),
     "odd dtype": ({"a": entry(0, 1, (1,), "F4")}, 1, "'F4'"),
     "not a table": ({"a": 3}, 4, "without dtype"),
+    "dtype no name": ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, 4, "holds 'a' as"),
     "metadata": ({"__metadata__": {"a": 1}}, 0, "table of strings"),
     "twice": (b'{"a":%s,"a":%s}' % ((b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}',) * 2), 0, "twice"),
 }
