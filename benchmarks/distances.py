@@ -6,6 +6,7 @@ alone; on a machine that is free it is the time that passes. The error of each i
 orthogonal factors and singular values; memory is what a fresh child of the process needs above what it began with.
 
     OMP_NUM_THREADS=1 python benchmarks/distances.py --out results/benchmarks/distances.json
+    python benchmarks/distances.py --table                                 # writes the table of docs/metrics.md anew
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ import torch_fidelity.metric_prc
 import tyro
 from mmdit_eval import Moments, frechet_distance, kernel_distance, precision_recall
 from mmdit_eval.frechet import frechet_from_statistics
+from mmdit_eval.readme import rewrite
 from mmdit_eval.statistics import frechet_interval
 from rich.console import Console
 from rich.table import Table
 
 from mmdit.train.tracking import describe_environment
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, STORED = ROOT / "docs" / "metrics.md", ROOT / "results" / "benchmarks" / "distances.json"
 
 Call = Callable[[], float]
 
@@ -215,6 +220,7 @@ def main(
     slow: bool = True,
     only: str = "",
     out: Path | None = None,
+    table: bool = False,
 ) -> None:
     """Run every contest and print a table.
 
@@ -226,9 +232,14 @@ def main(
         slow: also pytorch-fid's matrix root, a quarter of torch-fidelity's speed.
         only: part of the name of the jobs to run; with `out`, the others' rows stay as they are.
         out: JSON file for the numbers and where they come from.
+        table: write the table of docs/metrics.md from results/benchmarks/distances.json, and measure nothing.
     """
+    if table:
+        text = rewrite(PAGE.read_text("utf-8"), markdown(json.loads(STORED.read_text("utf-8"))), "distances")
+        PAGE.write_text(text, encoding="utf-8")
+        return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    table = Table("job", "implementation", "s", "best s", "x first", "rel. error", "peak MiB")
+    shown = Table("job", "implementation", "s", "best s", "x first", "rel. error", "peak MiB")
     contests: dict[str, Callable[[], Contest]] = {
         f"Fréchet step, {many} x {width}": lambda: frechet_contest(many, width, slow),
         f"Fréchet step, {few} x {width}": lambda: frechet_contest(few, width, slow),
@@ -251,8 +262,8 @@ def main(
                 f"{row['relative_error']:.0e}",
                 "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             )
-            table.add_row(row["job"], row["implementation"], *cells)
-    Console(width=140).print(table)
+            shown.add_row(row["job"], row["implementation"], *cells)
+    Console(width=140).print(shown)
     if out is not None:
         write(out, rows, rounds, list(contests))
 
@@ -267,6 +278,18 @@ def write(out: Path, rows: list[dict[str, Any]], rounds: int, jobs: list[str]) -
     rows.sort(key=lambda row: jobs.index(row["job"]))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"environment": stamp, "rows": rows}, indent=1) + "\n")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the table of docs/metrics.md."""
+    lines = ["| job | who | seconds | times the first | relative error | peak MiB |", "|---|---|---:|---:|---:|---:|"]
+    for row in result["rows"]:
+        seconds = f"{statistics.median(row['processor_seconds']):.2f}"
+        memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        error = "" if row["relative_error"] is None else f"{row['relative_error']:.0e}"
+        cells = row["job"], row["implementation"], seconds, f"{row['speed_up']:.2f}", error, memory
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

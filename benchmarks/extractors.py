@@ -1,10 +1,12 @@
 """Time FID's Inception: ours against torch-fidelity's and torchmetrics', images a second, memory, and distance.
 
 All contestants hold the same weights (random ones unless a file is given), run in one process and take turns, round
-by round, so that a busy machine slows all of them alike: trust the ratios. Times include each one's own resizing to
-299 pixels. Memory is the peak above the weights of one batch in a process of its own.
+by round, so that a busy machine slows all of them alike: trust the ratios. On a CPU with one thread they are ratios of
+processor time, which other programs lengthen by what they take of the caches alone. Times include each one's own
+resizing to 299 pixels. Memory is the peak above the weights of one batch in a process of its own.
 
     OMP_NUM_THREADS=1 python benchmarks/extractors.py --threads 1 --out results/benchmarks/extractors.json
+    python benchmarks/extractors.py --table                                # writes the table of docs/metrics.md anew
 
 torchmetrics is not needed: where it is not installed, its line is left out and the file says so.
 """
@@ -27,11 +29,15 @@ import torch
 import tyro
 from mmdit_eval.features import load_extractor
 from mmdit_eval.inception import CLASSES, FEATURES, convolutions
+from mmdit_eval.readme import rewrite
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from mmdit.train.tracking import describe_environment
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, STORED = ROOT / "docs" / "metrics.md", ROOT / "results" / "benchmarks" / "extractors.json"
 
 Call = Callable[[np.ndarray], Tensor]  # images uint8 [B, R, R, 3] to features [B, 2048]
 
@@ -121,6 +127,7 @@ def main(
     memory: bool = True,
     memory_of_one: str | None = None,
     out: Path | None = None,
+    table: bool = False,
 ) -> None:
     """Run the benchmark.
 
@@ -131,7 +138,12 @@ def main(
         memory: also measure memory, one process a contestant.
         memory_of_one: what that process is started with: a contestant's name.
         out: JSON file for the results.
+        table: write the table of docs/metrics.md from results/benchmarks/extractors.json, and measure nothing.
     """
+    if table:
+        text = rewrite(PAGE.read_text("utf-8"), markdown(json.loads(STORED.read_text("utf-8"))), "extractors")
+        PAGE.write_text(text, encoding="utf-8")
+        return
     torch.set_num_threads(threads)
     images = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), dtype=np.uint8)
     if memory_of_one is not None and weights is not None:
@@ -146,17 +158,19 @@ def main(
         mebibytes = {name: memory_of(name, weights, shared) for name in calls} if memory else {}
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         found: dict[str, Tensor] = {}
+        clock = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
         for turn in range(rounds + 1):  # the first round warms up
             for name, call in calls.items():
-                started = time.perf_counter()
+                started = clock()
                 found[name] = call(images)
                 if turn:
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(clock() - started)
     rows = [_row(name, batch_size, seconds, found, mebibytes) for name in calls]
     result: dict[str, Any] = {
         "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} python benchmarks/extractors.py "
         f"--rounds {rounds} {' '.join(shared)}",
         "environment": describe_environment(),
+        "clock": clock.__name__,
         "missing": [name for name in CONTESTANTS if name not in calls],
         "rows": rows,
     }
@@ -193,6 +207,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
         memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
         table.add_row(row["name"], f"{row['images_per_second']:.1f}", ratio, f"{row['relative_error']:.1e}", memory)
     Console(width=None if Console().is_terminal else 100).print(table)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the table of docs/metrics.md."""
+    lines = ["| who | images/s | times torch-fidelity | relative error | MiB a batch |", "|---|---:|---:|---:|---:|"]
+    for row in result["rows"]:
+        memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
+        speed = f"{row['images_per_second']:.1f} | {row['ratio']:.2f}"
+        lines.append(f"| {row['name']} | {speed} | {row['relative_error']:.0e} | {memory} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ mean of all repetitions, and counts. "at this N" is the expected distance of tha
 the two distributions themselves.
 
     OMP_NUM_THREADS=1 python benchmarks/intervals.py --repetitions 2000 --out results/calibration/intervals.json
+    python benchmarks/intervals.py --table                                 # writes the table of docs/metrics.md anew
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 from mmdit_eval.frechet import frechet_from_statistics
+from mmdit_eval.readme import rewrite
 from mmdit_eval.set_intervals import (
     cmmd_interval,
     frechet_infinity_interval,
@@ -31,6 +33,9 @@ from mmdit_eval.set_intervals import (
 from mmdit_eval.statistics import Estimate, mean_interval, seed_interval
 
 from mmdit.train.tracking import describe_environment
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, STORED = ROOT / "docs" / "metrics.md", ROOT / "results" / "calibration" / "intervals.json"
 
 
 class Sets(NamedTuple):
@@ -189,14 +194,28 @@ def coverage(case: Case, repetitions: int, start: int = 0) -> dict[str, Any]:
     }
 
 
-def main(repetitions: int = 2_000, only: str = "", out: Path | None = None) -> None:
+def markdown(result: dict[str, Any]) -> str:
+    """Return the table of docs/metrics.md."""
+    lines = ["| interval; features | covers |", "|---|---:|"]
+    for case in result["cases"]:
+        wide = " (wide)" if case["coverage"] > 0.97 else ""
+        lines.append(f"| {case['case']} | {100 * case['coverage']:.1f} %{wide} |")
+    return "\n".join(lines)
+
+
+def main(repetitions: int = 2_000, only: str = "", out: Path | None = None, table: bool = False) -> None:
     """Simulate every case.
 
     Args:
         repetitions: draws of each case; 2,000 tell a coverage to half a point.
         only: part of the names of the cases to run.
         out: JSON file for the shares.
+        table: write the table of docs/metrics.md from results/calibration/intervals.json, and simulate nothing.
     """
+    if table:
+        text = rewrite(PAGE.read_text("utf-8"), markdown(json.loads(STORED.read_text("utf-8"))), "coverage")
+        PAGE.write_text(text, encoding="utf-8")
+        return
     started, found = time.perf_counter(), []
     for case in cases():
         if only in case.name:

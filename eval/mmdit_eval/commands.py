@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdit.config import ConfigError, SuiteConfig, load_suite, parse_overrides, validate
-from mmdit_eval.comparison import compare, find_result, write_result
+from mmdit_eval.comparison import check_place, compare, find_result, write_result
 from mmdit_eval.scores import SCORES, shown, shown_interval
 
 USAGE = """Judge runs and pictures.
@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
     as_it_was, warnings.formatwarning = warnings.formatwarning, _plain_warning
     try:
         return command(words)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:  # ConfigError and DataError are ValueErrors
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # ConfigError and DataError are ValueErrors
         print(error, file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -149,6 +149,8 @@ def compare_command(words: Sequence[str]) -> int:
     parser.add_argument("--varies", nargs="*", default=[], help="inference fields that may differ")
     parser.add_argument("--out", type=Path, help="JSON file for the differences")
     arguments = parser.parse_args(words)
+    if arguments.out is not None:
+        check_place(arguments.out)
     a, b = find_result(arguments.a), find_result(arguments.b)
     found = compare(a, b, arguments.varies)
     if not found:

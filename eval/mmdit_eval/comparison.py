@@ -139,9 +139,28 @@ def find_result(path: str | Path) -> dict[str, Any]:
     return result
 
 
+def check_place(path: Path, what: str = "--out") -> None:
+    """Refuse a place where no file can be written, before anything is computed for it.
+
+    Raises:
+        ValueError: it is a folder, lies below a file, or its folder may not be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"{what} {path} is a folder; give the file's name in it")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{what} {path} cannot be written: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{what} {path} cannot be written: no permission to write in {parent}")
+
+
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write JSON beside its place and rename, so that a result is whole or absent; NaN is refused."""
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

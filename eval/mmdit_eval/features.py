@@ -100,7 +100,7 @@ class Extractor:
         if len(shapes) == 1:
             prepared = self.prepare(np.asarray(images) if isinstance(images, np.ndarray) else np.stack(images))
         else:
-            prepared = torch.cat([self.prepare(image[None]) for image in images])
+            prepared = torch.cat([self.prepare(np.stack([image])) for image in images])
         with exact_products(prepared.device):
             found = self.network(prepared).float().cpu()
         if not torch.isfinite(found).all():

@@ -274,11 +274,6 @@ def sweep_figure(table: Mapping[str, Any]) -> str:
             x, y, xerr=bars[0], yerr=bars[1], fmt="o", color=COLOURS[0], ecolor=CEILING, markersize=5, elinewidth=1,
             zorder=3,
         )  # fmt: skip
-        for i, point in enumerate(table["points"]):
-            axis.annotate(
-                f"{point['guidance_scale']:g}", (x[i], y[i]), xytext=(7, 6), textcoords="offset points", fontsize=9,
-                annotation_clip=True,
-            )  # fmt: skip
         axis.set_title(f"{names.get(split, split)}, {table['splits'][split]['num_images']:,} pictures a point",
                        fontsize=10, color="#30343b", loc="left")  # fmt: skip
         axis.set_xlabel(f"{across.label} (more is better)")
@@ -290,7 +285,28 @@ def sweep_figure(table: Mapping[str, Any]) -> str:
             axis.set_ylim(lowest, highest)
             axis.yaxis.set_major_formatter(_plain())
             axis.yaxis.set_minor_formatter(_plain())
+    figure.canvas.draw()  # from here on the axes stay where they are
+    for axis in np.atleast_1d(axes):
+        _label_apart(axis, axis.lines[0].get_xydata(), [f"{point['guidance_scale']:g}" for point in table["points"]])
     return _png(figure)
+
+
+def _label_apart(axis: Any, points: np.ndarray, labels: Sequence[str]) -> None:
+    """Write each label beside its point, on the first side where it hides neither a label nor a point."""
+    places = axis.transData.transform(points)
+    taken: list[Any] = []
+    for point, label in zip(points, labels, strict=True):
+        for dx, dy, side in ((7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"), (16, 1, "left")):
+            text = axis.annotate(
+                label, point, xytext=(dx, dy), textcoords="offset points", fontsize=9, ha=side, annotation_clip=True
+            )
+            box = text.get_window_extent()
+            if not (any(box.overlaps(other) for other in taken) or any(box.contains(*place) for place in places)):
+                break
+            text.remove()
+        else:
+            text = axis.annotate(label, point, xytext=(7, 5), textcoords="offset points", annotation_clip=True)
+        taken.append(text.get_window_extent())
 
 
 def _view_on_guided(

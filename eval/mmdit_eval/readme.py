@@ -15,7 +15,6 @@ from typing import Any
 
 from mmdit_eval.scores import SCORES, SPLITS, Score, shown, shown_interval
 
-START, END = "<!-- results:start -->", "<!-- results:end -->"
 # which scores fit into a README, by what the study has
 _CHOSEN = ("colour", "shape", "relation", "all_correct", "same_tone", "same_base", "clip_score", "frechet")
 _BESIDE = ("all_correct", "clip_score", "frechet")  # beside the claimed scores of a study with verdicts
@@ -211,13 +210,14 @@ def _costs(row: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def rewrite(text: str, block: str) -> str:
-    """Return a README's text with the block between its markers replaced.
+def rewrite(text: str, block: str, name: str = "results") -> str:
+    """Return a page's text with the block between its markers `<!-- name:start -->` and `<!-- name:end -->` replaced.
 
     Raises:
         ValueError: a marker is missing or stands twice.
     """
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"the README needs {START} and after it {END}, once each")
-    before, rest = text.split(START)
-    return f"{before}{START}\n{block}\n{END}{rest.split(END)[1]}"
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ValueError(f"the page needs {start} and after it {end}, once each")
+    before, rest = text.split(start)
+    return f"{before}{start}\n{block}\n{end}{rest.split(end)[1]}"

@@ -20,8 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mmdit.registry import lookup
-from mmdit_eval.comparison import write_result
+from mmdit_eval.comparison import check_place, write_result
 from mmdit_eval.distribution import Share
+from mmdit_eval.extrapolation import SPLITS
 from mmdit_eval.feature_cache import default_cache, extract_set
 from mmdit_eval.features import Extractor, Precision, load_extractor
 from mmdit_eval.image_sets import ImageSet, load_captions, open_images
@@ -82,12 +83,14 @@ def evaluate_images(
         The result; None in processes other than the first.
 
     Raises:
-        ValueError: unknown metric or extractor, fewer than two pictures, statistics of another extractor, captions
-            that do not fit.
+        ValueError: unknown metric or extractor, too few pictures, statistics of another extractor, captions that do
+            not fit, a place where `out` cannot be written.
         FileNotFoundError, DataError: pictures or weights that are not there or cannot be read.
     """
     options, share, started = options or SetOptions(), share or Share(), time.perf_counter()
     metrics = {name: lookup(SET_METRICS, name, "metric") for name in options.metrics}
+    if out is not None:
+        check_place(Path(out))
     judged = _open(fake, options, options.sizes, options.caption_column)
     words = _captions(captions, judged)
     if "memorisation" in metrics and train is None:
@@ -104,6 +107,8 @@ def evaluate_images(
     _check_counts(judged, *([other] if isinstance(other, ImageSet) else []))
 
     extractor = load_extractor(options.extractor, weights=options.weights, precision=options.precision)
+    if "frechet_infinity" in metrics:
+        _check_extrapolation(extractor, judged, *([other] if isinstance(other, ImageSet) else []))
     clip = _clip_of(options, extractor, of_captions[0]) if of_captions else None
     if not isinstance(other, ImageSet):  # a file that cannot be used is refused before the networks run
         reference, stated = _reference(other, extractor, options, share)
@@ -209,6 +214,7 @@ def save_statistics(
     from mmdit_eval.moments import Moments
 
     options, share = options or SetOptions(), share or Share()
+    check_place(Path(out))
     opened = _open(images, options, options.sizes)
     _check_counts(opened)
     extractor = load_extractor(options.extractor, weights=options.weights, precision=options.precision)
@@ -278,6 +284,16 @@ def _check_counts(*sets: ImageSet) -> None:
     for images in sets:
         if len(images) < 2:
             raise ValueError(f"{images.source} has {len(images)} picture; a distance between sets needs at least 2")
+
+
+def _check_extrapolation(extractor: Extractor, *sets: ImageSet) -> None:
+    """Refuse before the networks run what the extrapolation would refuse after them."""
+    needed, fewest = SPLITS * (extractor.width + 1), min(sets, key=len)
+    if len(fewest) < needed:
+        raise ValueError(
+            f"frechet_infinity needs {needed:,} pictures a set for {extractor.width:,} features ({extractor.name}), "
+            f"{fewest.source} has {len(fewest):,}; leave it out, or take kernel, which has no bias"
+        )
 
 
 def _clip_of(options: SetOptions, extractor: Extractor, metric: str) -> Extractor:

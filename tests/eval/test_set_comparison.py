@@ -1,9 +1,11 @@
 """Folders against folders by the command line: what is printed, stored, compared and refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mmdit_eval import set_comparison
 from mmdit_eval.commands import main
 from mmdit_eval.comparison import compare
@@ -122,12 +124,47 @@ def test_statistics_of_another_width_are_refused_by_name_before_any_picture_is_s
         (["--extractor", "inceptionfid"], "did you mean 'inception_fid'"),
         (["--sizes", "small"], "sizes must be 'equal', 'any' or a number"),
         (["--captions", "nowhere.txt", "--metrics", "clip_score"], "no captions file nowhere.txt"),
+        (
+            ["--metrics", "frechet_infinity"],
+            "frechet_infinity needs 516 pictures a set for 128 features",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_with_exit_code_2(folders, capsys, more, message):
     assert main(words(folders, *more)) == 2
     assert message in capsys.readouterr().err
     assert not (folders / "out.json").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_picture_is_seen(folders, monkeypatch, capsys):
+    monkeypatch.setattr(set_comparison, "features_of", None)
+    for place, message in ((".", "is a folder"), ("captions.txt/out.json", "captions.txt is a file, not a folder")):
+        assert main(words(folders, out=place)) == 2
+        assert message in capsys.readouterr().err
+    statistics = ["statistics", str(folders / "real"), "--extractor", "tiny_clip", "--out"]
+    assert main([*statistics, str(folders / "captions.txt" / "a.npz")]) == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_said_and_leaves_nothing_half_written(folders, monkeypatch, capsys):
+    def full(path, *_, **__):
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(words(folders)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list(folders.glob("*out.json*"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_several_sizes_cost_no_warning(folders):
+    Image.new("RGB", (40, 48)).save(folders / "fake" / "000.png")
+    torch.set_warn_always(True)  # else only the first one of the process counts
+    try:
+        assert main(words(folders, "--sizes", "any", "--metrics", "frechet")) == 0
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_one_picture_and_an_extractor_without_text_are_refused(scenes):

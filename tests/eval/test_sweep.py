@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from mmdit_eval import plots
 from mmdit_eval import suite as suites
 from mmdit_eval.sweep import sweep_run
 from PIL import Image
@@ -54,3 +56,17 @@ def test_scales_and_metrics_that_make_no_sweep_are_refused(run):
             sweep_run(run, scales, SuiteConfig(**SMALL))
     with pytest.raises(ConfigError, match="a sweep draws a distance"):
         sweep_run(run, [1], SuiteConfig(**{**SMALL, "metrics": ("clip_score",)}))
+
+
+def test_labels_of_points_that_nearly_coincide_stand_apart():
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots()
+    points = np.array([[0.0, 0.0], [1.0, 1.0], [1.02, 1.0], [1.0, 1.03]])
+    axis.plot(*points.T, "o")
+    figure.canvas.draw()
+    plots._label_apart(axis, points, ["0", "1.5", "2", "3"])
+    boxes = [text.get_window_extent() for text in axis.texts]
+    pyplot.close(figure)
+    assert len(boxes) == 4
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

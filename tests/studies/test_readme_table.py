@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from mmdit_eval.readme import END, START, found_line, results_block, rewrite, rewrite_found, stale_heads, study_block
+from mmdit_eval.readme import found_line, results_block, rewrite, rewrite_found, stale_heads, study_block
 
+START, END = "<!-- results:start -->", "<!-- results:end -->"
 ROOT = Path(__file__).resolve().parents[2]
 
 
