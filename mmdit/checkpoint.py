@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmdit.config import ConfigError, RunConfig, resolve, to_yaml
+from mmdit.config import ConfigError, RunConfig, read_yaml, resolve, to_yaml
 from mmdit.registry import lookup
+from mmdit.untrusted import TABLE_BYTES, read_json, read_text
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -135,13 +135,14 @@ def load_checkpoint(path: str | Path, stems: Iterable[str] | None = None, *, ver
         raise CheckpointError(path, f"holds no {', '.join(missing)}", f"It holds {', '.join(present)}")
     try:
         tensors = {stem: _read_stem(path, stem, tensor_files) for stem in wanted}
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = read_json(path / STATE)
         if not isinstance(state, dict):
             raise ValueError(f"{STATE} holds a {type(state).__name__}, not a table")
-        config = resolve(yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")), source=str(path / CONFIG))
-    except (
-        OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError, yaml.YAMLError
-    ) as error:  # fmt: skip
+        tree = read_yaml(path / CONFIG)
+        if not tree:
+            raise ValueError(f"{CONFIG} is empty")
+        config = resolve(tree, source=str(path / CONFIG))
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, RuntimeError) as error:
         hint = (
             "It was written by another version of this project; use that one"
             if isinstance(error, ConfigError)
@@ -215,7 +216,7 @@ def verify_checkpoint(path: str | Path, only: Callable[[str], bool] = lambda nam
     if not manifest.is_file():
         raise CheckpointError(path, f"has no {MANIFEST}: it was never finished", _HINT)
     try:
-        text = manifest.read_text(encoding="utf-8")
+        text = read_text(manifest, TABLE_BYTES)
         files = json.loads(text)["files"]
         # our own spelling, byte for byte: so an edit that JSON would forgive (a duplicate key) shows as well
         if manifest_text(files) != text:

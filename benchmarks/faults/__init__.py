@@ -52,6 +52,7 @@ FAULTS: dict[str, Fault] = {
     "F4": Fault(
         "hostile files in every loader: pickles, header bombs, zip bombs, links",
         "50 files: no code run, peak memory < 500 MB, < 2 s each",
+        "hostile",
     ),
     "F5": Fault(
         "three-leg resume",

@@ -10,9 +10,8 @@ import csv
 import hashlib
 import io
 import json
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +20,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmdit.data.images import FORMATS, SUFFIXES, DataError, decode, image_bytes, open_table, row_name, square
+from mmdit.data.archives import array_names, read_arrays
+from mmdit.data.images import (
+    FORMATS,
+    MOST_BYTES,
+    SUFFIXES,
+    DataError,
+    decode,
+    image_bytes,
+    open_table,
+    row_name,
+    square,
+)
+from mmdit.untrusted import read_bytes, read_text
 
 _TABLES = ("*.parquet", "*.arrow", "dataset_dict.json", "state.json")
 _ROTATED = (5, 6, 7, 8)  # values of EXIF's orientation that swap height and width
 _LISTED = 20  # bad items an error names
+_LIST_BYTES = 1 << 28  # of a list of files or captions: a million captions have a tenth of it
 
 
 @dataclass(frozen=True)
@@ -153,17 +165,17 @@ def _from_folder(folder: Path) -> ImageSet:
     files = sorted((f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()),
                    key=lambda f: f.relative_to(folder).as_posix())  # fmt: skip
     names = tuple(f.relative_to(folder).as_posix() for f in files)
-    return ImageSet(str(folder), names, lambda i: files[i].read_bytes(), _decode)
+    return ImageSet(str(folder), names, lambda i: read_bytes(files[i], MOST_BYTES), _decode)
 
 
 def _from_list(file: Path) -> ImageSet:
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_text(file, _LIST_BYTES).splitlines()]
     names = tuple(line for line in lines if line)
     files = [Path(name) if Path(name).is_absolute() else file.parent / name for name in names]
     missing = [name for name, path in zip(names, files, strict=True) if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{file}: {len(missing)} of {len(names)} files are not there, first {missing[0]}")
-    return ImageSet(str(file), names, lambda i: files[i].read_bytes(), _decode)
+    return ImageSet(str(file), names, lambda i: read_bytes(files[i], MOST_BYTES), _decode)
 
 
 def _from_table(source: str, split: str, image_column: str, caption_column: str | None) -> ImageSet:
@@ -183,15 +195,20 @@ def _from_table(source: str, split: str, image_column: str, caption_column: str 
 
 def _from_array(path: Path) -> ImageSet:
     try:
-        loaded: Any = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
-        if isinstance(loaded, Mapping) or hasattr(loaded, "files"):
-            if {"mu", "sigma"} <= set(loaded.files):
-                raise DataError(f"{path} holds statistics (mu, sigma), not pictures; give it behind --against")
-            name = "arr_0" if "arr_0" in loaded.files else loaded.files[0]
-            loaded = loaded[name]
-    except (OSError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as an array: {error}") from error
-    return from_array(loaded, str(path))
+        if path.suffix == ".npy":
+            return from_array(np.load(path, allow_pickle=False, mmap_mode="r"), str(path))
+        names = array_names(path)
+        if {"mu", "sigma"} <= set(names):
+            raise DataError(f"{path} holds statistics (mu, sigma), not pictures; give it behind --against")
+        if not names:
+            raise DataError(f"{path} holds no array")
+        name = "arr_0" if "arr_0" in names else names[0]
+        return from_array(read_arrays(path, [name])[name], str(path))
+    except DataError:
+        raise
+    except Exception as error:  # numpy's reader of heads raises what comes to it
+        told = str(path) in str(error)
+        raise DataError(str(error) if told else f"{path} cannot be read as an array: {error}") from error
 
 
 def _check_heads(images: ImageSet, sizes: str) -> None:
@@ -239,7 +256,7 @@ def load_captions(file: str | Path, images: ImageSet) -> list[str]:
     file = Path(file).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no captions file {file}: .txt (a line a picture), .json, .jsonl or .csv")
-    text = file.read_text(encoding="utf-8-sig")
+    text = read_text(file, _LIST_BYTES).removeprefix("\ufeff")
     if file.suffix == ".txt":
         lines = [line.strip() for line in text.splitlines()]
         lines = lines[:-1] if lines and not lines[-1] else lines
@@ -288,7 +305,7 @@ def _captions_by_name(file: Path, text: str) -> dict[str, str | None]:
         else:
             raise ValueError("captions come as .txt, .json, .jsonl or .csv")
         return _without_doubles([(row["file_name"], row["text"] if "text" in row else row["caption"]) for row in rows])
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
         reason = f"a row has no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{file} cannot be read as captions: {reason}") from error
 

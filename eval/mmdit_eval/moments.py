@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,11 @@ import numpy as np
 from scipy.linalg.blas import dsyrk
 from scipy.linalg.lapack import dpotrf
 
+from mmdit.data.archives import array_names, read_arrays
+
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 _CACHED = 128  # rows and columns of a block for which a transposed read costs nothing
+_WIDEST = 16_384  # features that a file may have: the covariance of so many takes 2 GiB
 _SMALLEST_BLOCK = 1_000  # rows folded in at once: large enough for the matrix product to dominate
 
 
@@ -214,14 +216,10 @@ class Moments:
             raise FileNotFoundError(
                 f"no statistics file {path}; write one with Moments.of(features).save({str(path)!r})"
             )
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {
-                    key: archive[key] for key in ("mu", "sigma", "count", "extractor", "features") if key in archive
-                }
-                names = list(archive)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} is no readable .npz of arrays ({type(error).__name__}: {error})") from None
+        arrays, names = read_arrays(path, ("mu", "sigma", "count", "extractor", "features")), array_names(path)
+        widest = max((array.shape[-1] for array in arrays.values() if array.ndim), default=0)
+        if widest > _WIDEST:
+            raise ValueError(f"{path} is {widest:,} wide; no extractor has more than {_WIDEST:,} features")
         if missing := [key for key in ("mu", "sigma") if key not in arrays]:
             raise ValueError(f"{path} has no {' and no '.join(missing)}; it holds {', '.join(names) or 'nothing'}")
         _check_extractor(path, arrays.get("extractor"), extractor)
@@ -230,7 +228,7 @@ class Moments:
         mean, covariance = _check_statistics(path, arrays["mu"], arrays["sigma"])
         moments = cls()
         moments.width, moments._mean = len(mean), mean
-        moments.count = count = int(arrays["count"]) if "count" in arrays else None
+        moments.count = count = _whole_number(path, arrays["count"]) if "count" in arrays else None
         if count is not None and count <= len(mean):
             raise ValueError(
                 f"{path} holds the covariance of {count} samples of {len(mean)} features and not the features: it is "
@@ -350,6 +348,12 @@ def _check_statistics(path: Path, mean: Any, covariance: Any) -> tuple[FloatArra
     return mean, covariance
 
 
+def _whole_number(path: Path, stored: Any) -> int:
+    if stored.size != 1 or stored.dtype.kind not in "iu":
+        raise ValueError(f"{path}: count must be one whole number, got {stored.dtype} {list(stored.shape)}")
+    return int(stored.reshape(()))
+
+
 def _check_extractor(path: Path, stored: Any, expected: Mapping[str, str] | None) -> None:
     if expected is None:
         return
@@ -358,7 +362,12 @@ def _check_extractor(path: Path, stored: Any, expected: Mapping[str, str] | None
             f"{path} does not say which extractor its statistics come from; taken to be {dict(expected)}", stacklevel=3
         )
         return
-    found = json.loads(str(stored))
+    try:
+        found = json.loads(str(stored))
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}, not a table")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: what it says of its extractor cannot be read ({error!s:.200})") from None
     if wrong := [
         f"{key} {found.get(key)!r} instead of {want!r}" for key, want in expected.items() if found.get(key) != want
     ]:

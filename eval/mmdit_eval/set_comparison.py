@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mmdit.data.archives import array_names
 from mmdit.registry import lookup
 from mmdit_eval.comparison import check_place, write_result
 from mmdit_eval.distribution import Share
@@ -246,9 +247,8 @@ def is_statistics(source: Any) -> bool:
     if isinstance(source, ImageSet) or Path(source).suffix != ".npz" or not Path(source).is_file():
         return False
     try:
-        with np.load(source, allow_pickle=False) as archive:
-            return "mu" in archive.files or "sigma" in archive.files
-    except (OSError, ValueError):
+        return not {"mu", "sigma"}.isdisjoint(array_names(source))
+    except ValueError:  # told where it is read as pictures
         return False
 
 

@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from mmdit.config.parts import Config
 from mmdit.registry import nearest, unknown
 
+_LISTED = 50  # problems that an error tells
+
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message says where, what was got and what was expected."""
@@ -20,10 +22,11 @@ def validate(cls: type[Any], tree: Mapping[str, Any], source: str) -> Any:
     try:
         return cls.model_validate(dict(tree))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False):
-            lines.append(f"{source}: {_describe(cls, dict(tree), problem)}")
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        problems = error.errors(include_url=False)
+        lines = dict.fromkeys(f"{source}: {_describe(cls, dict(tree), problem)}" for problem in problems[:_LISTED])
+        more = len(problems) - _LISTED
+        rest = [f"{source}: and {more:,} more problems"] if more > 0 else []
+        raise ConfigError("\n".join([*lines, *rest])) from None
 
 
 def _describe(cls: type[Config], tree: Any, problem: Mapping[str, Any]) -> str:
@@ -36,7 +39,7 @@ def _describe(cls: type[Config], tree: Any, problem: Mapping[str, Any]) -> str:
             continue
         keys.append(part)
         node = node.get(part) if isinstance(node, Mapping) else None
-    path = ".".join(str(k) for k in keys) or "(whole config)"
+    path = ".".join(f"{k!s:.200}" for k in keys) or "(whole config)"
     if kind == "extra_forbidden":
         fields = _fields_at(cls, tree, keys[:-1])
         guess = nearest(str(keys[-1]), fields)
@@ -59,7 +62,7 @@ def _describe(cls: type[Config], tree: Any, problem: Mapping[str, Any]) -> str:
         return f"{path}: {message}"
     if kind == "switch":
         return f"{'.'.join(map(str, keys))}{'.' if keys else ''}{message}"
-    return f"{path}: {message}, got {problem['input']!r}"
+    return f"{path}: {message}, got {problem['input']!r:.200}"
 
 
 _VARIANTS = (

@@ -15,6 +15,10 @@ from mmdit.config.run import RunConfig, SuiteConfig
 from mmdit.config.study import StudyConfig
 from mmdit.presets import ENCODER_WIDTHS, PRESETS, STREAM_WIDTHS, VAE_WIDTHS, pooled_width
 from mmdit.registry import nearest, unknown
+from mmdit.untrusted import read_text
+
+MOST_BYTES = 1 << 18  # of a file: the longest that is shipped has 5 KB; YAML is read at 0.2 MB a second
+MOST_NODES = 50_000  # values with all aliases written out
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -53,16 +57,48 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         hint = f"; did you mean {guess}?" if guess else "; see configs/ for the ones that are shipped"
         raise FileNotFoundError(f"no config file {path}{hint}")
     try:
-        loader = _UniqueKeyLoader(path.read_text(encoding="utf-8"))
-        loader.file = str(path)
-        tree = loader.get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        text = read_text(path, MOST_BYTES)
+    except ValueError as error:
+        raise ConfigError(f"{error}; is it a config?") from None
+    tree = _parse(text, str(path))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}, expected a mapping of config fields")
     return tree
+
+
+def _parse(text: str, source: str) -> Any:
+    """Parse YAML without tags of a language; whatever is wrong with it is a ConfigError that names the source."""
+    try:
+        loader = _UniqueKeyLoader(text)
+        loader.file = source
+        tree = loader.get_single_data()
+        _count(tree, source, {})
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ConfigError(f"{source} is not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # a day that is none, a list for a key
+        raise ConfigError(f"{source} is not valid YAML: {error!s:.1000}") from error
+    return tree
+
+
+def _count(node: Any, source: str, known: dict[int, int]) -> int:
+    """Count the values below a node with all aliases written out: a few lines of them can mean billions.
+
+    Raises:
+        ConfigError: too many, or a node that holds itself.
+    """
+    if not isinstance(node, dict | list):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES  # while it is being counted: what holds itself has no end
+        parts = node.values() if isinstance(node, dict) else node
+        known[id(node)] = 1 + sum(_count(part, source, known) for part in parts)
+    if known[id(node)] > MOST_NODES:
+        raise ConfigError(f"{source} has more than {MOST_NODES:,} values with its aliases written out")
+    return known[id(node)]
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -80,10 +116,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not argument.startswith("--") or not queue or (queue[0].startswith("--") and len(queue[0]) > 2):
                 raise ConfigError(f"override {argument!r} has no value; write --train.lr 2e-4 or train.lr=2e-4")
             value = queue.pop(0)
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {key}: {value!r} is not valid YAML") from error
+        parsed = _parse(value, f"override {key}: {value!r:.80}")
         node = tree
         *parents, leaf = key.split(".")
         for parent in parents:
@@ -126,7 +159,10 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     tree = read_yaml(path)
     if "base" not in tree or "rows" in tree or "factorial" in tree:
         return tree
-    parent = path.parent / tree.pop("base")
+    base = tree.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: expected the path of a config, got {base!r:.80}")
+    parent = path.parent / base
     below = read_yaml(parent)
     if "base" in below:
         raise ConfigError(f"{parent}: a base may not have a base of its own; {path} builds on it")

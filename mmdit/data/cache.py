@@ -36,6 +36,7 @@ from mmdit.denoiser import Conditioning
 from mmdit.encoders.axes import Encoded, Padding, TextLayout, join
 from mmdit.encoders.text import TextEncoders
 from mmdit.encoders.vae import AutoencoderKL, to_pixels
+from mmdit.untrusted import read_json
 
 _FORMAT = 3
 _IMAGES = 64  # encoded at once: the VAE's activations then stay in the CPU's cache, 1.5 times the speed of 256
@@ -319,8 +320,8 @@ class _Places:
         found = []
         for path in self.root.glob("*/parts.json") if self.root is not None and self.root.is_dir() else ():
             try:
-                found.append(json.loads(path.read_text(encoding="utf-8"))["key"])
-            except (OSError, ValueError, KeyError):
+                found.append(read_json(path)["key"])
+            except (OSError, ValueError, KeyError, TypeError):
                 continue
         return found
 

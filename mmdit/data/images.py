@@ -22,12 +22,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmdit.config import ImagesConfig
+from mmdit.data.archives import check_parquet
 from mmdit.data.buckets import Size, bucket_sizes, nearest_bucket
 from mmdit.encoders.tokenizers import clean
 from mmdit.registry import nearest, unknown
+from mmdit.untrusted import TEXT_BYTES, read_bytes
 
 SPLITS = ("train", "val", "seen")
 MAX_PIXELS = 64_000_000  # a picture of more is taken for a decompression bomb
+MOST_BYTES = 1 << 28  # of a picture's file: so many pixels in four channels, unpacked
 
 # what Pillow may open: its other decoders start programs or read formats nobody trains on
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -187,7 +190,7 @@ def image_bytes(image: Any, root: Path) -> bytes:
         return bytes(image)
     if isinstance(image, str):
         place = Path(image) if Path(image).is_absolute() else (root if root.is_dir() else root.parent) / image
-        return place.read_bytes()
+        return read_bytes(place, MOST_BYTES)
     raise ValueError("no image" if image is None else f"an image column of {type(image).__name__}")
 
 
@@ -200,12 +203,12 @@ def _open_sidecars(folder: Path) -> _Rows:
         if not text.is_file():
             raise ValueError(f"no caption: neither a metadata file nor {text.name} beside it")
         try:
-            caption = text.read_bytes().decode("utf-8-sig").strip()
+            caption = read_bytes(text, TEXT_BYTES).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"{text.name} is not UTF-8 at byte {error.start}") from None
         if not caption:
             raise ValueError(f"caption is empty: {text.name}")
-        return name(row), files[row].read_bytes(), caption
+        return name(row), read_bytes(files[row], MOST_BYTES), caption
 
     def name(row: int) -> str:
         return str(files[row].relative_to(folder))
@@ -222,6 +225,7 @@ def _load(source: str, split: str) -> Any:
     if path.is_file() and path.suffix not in _TABLES:
         raise DataError(f"{source}: no table that is read here; known: {', '.join(_TABLES)}, or a folder of pictures")
     try:
+        _check_tables(path)
         if path.is_file():
             return datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split=split)
         if path.is_dir():
@@ -248,6 +252,23 @@ def _load(source: str, split: str) -> Any:
             f"data.source {source!r} is neither a local path nor could it be loaded as a hub data set, which needs the "
             f"network (or an earlier download): {type(error).__name__}: {error}{hint}"
         ) from error
+
+
+def _check_tables(path: Path) -> None:
+    """Look at parquet files before `datasets` unpacks them onto the disk.
+
+    Raises:
+        ValueError: one is none, or claims to unpack to far more than it has.
+    """
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    for file in [path] if path.suffix == ".parquet" else path.rglob("*.parquet") if path.is_dir() else ():
+        if file.is_file():
+            try:
+                check_parquet(pyarrow.parquet.ParquetFile(file), file.stat().st_size)
+            except (pyarrow.lib.ArrowException, ValueError) as error:
+                raise ValueError(f"{file.name}: {error}") from error
 
 
 # --- the data set -----------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from mmdit.untrusted import read_json
 
 Arrays = dict[str, np.ndarray]
 Encode = Callable[[np.ndarray], Arrays]  # row numbers -> arrays of those rows
@@ -112,13 +116,14 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, {"key": key, "count": count, "part_rows": part_rows})
     starts = list(range(0, count, part_rows))
+    sizes = [min(part_rows, count - start) for start in starts]
     with ThreadPoolExecutor() as pool:
-        states = list(pool.map(lambda p: look(folder, p, verify), range(len(starts))))
+        states = list(pool.map(lambda part: look(folder, part, sizes[part], verify), range(len(starts))))
     for part, state in enumerate(states):
         if state not in ("whole", "absent"):
             say(f"{folder.name}: part {part} of {len(starts)} {state}; it is encoded anew")
     waiting = [part for part, state in enumerate(states) if state != "whole"]
-    bar = tqdm(total=count, initial=count - sum(min(part_rows, count - starts[p]) for p in waiting), desc=label,
+    bar = tqdm(total=count, initial=count - sum(sizes[part] for part in waiting), desc=label,
                unit=" rows", disable=not (progress and waiting))  # fmt: skip
     bad = {part for part in waiting if states[part] != "absent"}
     with bar:
@@ -128,8 +133,8 @@ def build(
                 with _lock(folder / f".lock-{part:05d}") as mine:
                     if not mine:
                         continue
-                    rows = np.arange(starts[part], min(starts[part] + part_rows, count))
-                    if part in bad or look(folder, part, verify=False) != "whole":
+                    rows = np.arange(starts[part], starts[part] + sizes[part])
+                    if part in bad or look(folder, part, sizes[part], verify=False) != "whole":
                         _write(folder, part, encode(rows))
                         bad.discard(part)
                     waiting.remove(part)
@@ -144,35 +149,55 @@ def in_memory(count: int, encode: Encode) -> Rows:
     return Rows([encode(np.arange(count))])
 
 
-def look(folder: Path, part: int, verify: bool) -> str:
-    """Return `whole`, `absent`, or in words what is wrong with a part."""
+def look(folder: Path, part: int, rows: int, verify: bool) -> str:
+    """Return `whole`, `absent`, or in words what is wrong with a part of so many rows."""
     try:
-        files = json.loads((folder / f"{part:05d}.json").read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / f"{part:05d}.json")["files"]
         entries = {str(name): (int(size), str(digest)) for name, (size, digest) in files.items()}
     except FileNotFoundError:
         return "absent"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "has a damaged record"
+    if not entries:
+        return "has a record of nothing"
     for name, (size, digest) in entries.items():
         file = folder / name
+        if not re.fullmatch(rf"{part:05d}\.[\w.]+\.npy", name):
+            return f"has a record of another file ({name!r:.80})"
         if not file.is_file() or file.stat().st_size != size:
             return f"lacks {name} or has another size of it"
         if verify and _sha256(file) != digest:
             return f"has changed since it was written ({name}: SHA-256 differs)"
+    try:
+        _check_rows(_open(folder, part), rows)
+    except (OSError, ValueError) as error:  # hashes that fit: a cache that somebody else has made
+        return f"holds no arrays of {rows} rows ({error!s:.200})"
     return "whole"
+
+
+def _check_rows(arrays: Arrays, rows: int) -> None:
+    """Raise ValueError where arrays are not of so many rows, ragged ones by their counts."""
+    for name, array in arrays.items():
+        counts = arrays.get(f"{name}.count")
+        wanted = rows if counts is None else int(counts.sum())
+        if array.ndim < 1 or len(array) != wanted:
+            raise ValueError(f"{name} has shape {list(array.shape)}")
+        if name.endswith(".count") and (array.dtype != np.int64 or array.min(initial=0) < 0):
+            raise ValueError(f"{name} holds no counts")
 
 
 def is_complete(folder: Path, key: dict[str, Any], verify: bool) -> bool:
     """Say whether every part of a store of this key is there and whole."""
     try:
-        head = json.loads((folder / "parts.json").read_text(encoding="utf-8"))
-        numbers = range(-(-head["count"] // head["part_rows"]))
+        head = read_json(folder / "parts.json")
+        count, most = head["count"], head["part_rows"]
+        parts = [(part, min(most, count - part * most)) for part in range(-(-count // most))]
         if head["key"] != json.loads(json.dumps(key)):
             return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
     with ThreadPoolExecutor() as pool:
-        return all(pool.map(lambda part: look(folder, part, verify) == "whole", numbers))
+        return all(pool.map(lambda part: look(folder, part[0], part[1], verify) == "whole", parts))
 
 
 def _claim(folder: Path, head: dict[str, Any]) -> None:
@@ -181,7 +206,7 @@ def _claim(folder: Path, head: dict[str, Any]) -> None:
     text = json.dumps(head, sort_keys=True)
     with _lock(folder / ".lock", wait=True):
         try:
-            same = json.loads(path.read_text(encoding="utf-8")) == json.loads(text)
+            same = read_json(path) == json.loads(text)
         except (OSError, ValueError):
             same = False
         if not same:  # another key under this name, or none: whatever lies here is not ours
@@ -197,6 +222,7 @@ def _write(folder: Path, part: int, arrays: Arrays) -> None:
     for name, array in arrays.items():
         file = folder / f"{part:05d}.{name}.npy"
         temporary = file.with_name(f".{file.name}.tmp")
+        temporary.unlink(missing_ok=True)  # it may be a link that leads elsewhere
         with temporary.open("wb") as stream:
             np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
         files[file.name] = (temporary.stat().st_size, _sha256(temporary))
@@ -206,6 +232,7 @@ def _write(folder: Path, part: int, arrays: Arrays) -> None:
 
 def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # as above
     temporary.write_bytes(data)
     temporary.replace(path)
 
@@ -213,7 +240,7 @@ def _replace(path: Path, data: bytes) -> None:
 def _open(folder: Path, part: int) -> Arrays:
     """Map the arrays of a part into memory; small ones are read."""
     found: Arrays = {}
-    for name in json.loads((folder / f"{part:05d}.json").read_text(encoding="utf-8"))["files"]:
+    for name in read_json(folder / f"{part:05d}.json")["files"]:
         mapped = np.load(folder / name, mmap_mode="r", allow_pickle=False)
         key = name.partition(".")[2].removesuffix(".npy")
         found[key] = np.asarray(mapped).copy() if key.endswith(".count") else mapped
@@ -231,7 +258,9 @@ def _sha256(path: Path) -> str:
 @contextmanager
 def _lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock, or learn that another has it; a process that died holding it has released it."""
-    with path.open("w") as file:
+    if path.is_symlink():  # opened for writing, it would make or empty a file elsewhere
+        path.unlink()
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

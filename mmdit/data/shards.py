@@ -18,9 +18,7 @@ import io
 import json
 import logging
 import os
-import tarfile
 import uuid
-import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +31,9 @@ from PIL import Image
 
 from mmdit import rng
 from mmdit.config import ShardsConfig
-from mmdit.data.images import SUFFIXES, DataError, cleaned, decode, square
+from mmdit.data.archives import check_parquet, read_arrays, read_row_group, walk_tar
+from mmdit.data.images import MOST_BYTES, SUFFIXES, DataError, cleaned, decode, square
+from mmdit.untrusted import TEXT_BYTES
 
 SPLITS = ("train", "val", "seen")
 _REMEMBERED = 100_000  # items whose usability is kept in mind
@@ -162,9 +162,8 @@ class ShardsDataset:
         if here.group >= 0:
             caption = self._table(unit)[self.config.caption_column][row].as_py()
         else:
-            data = self._read(here.file, *here.places[row, 2:])
             try:
-                text = data.decode("utf-8-sig")
+                text = self._read(here.file, here.places[row, 2:], TEXT_BYTES).decode("utf-8-sig")
                 caption = json.loads(text).get(self.config.caption_column) if here.in_json[row] else text
             except (ValueError, AttributeError, RecursionError) as error:
                 raise DataError(f"{self._name(unit, row)}: caption cannot be read: {error}") from error
@@ -211,21 +210,24 @@ class ShardsDataset:
     def _bytes(self, unit: int, row: int) -> bytes:
         here = self._units[unit]
         if here.group < 0:
-            return self._read(here.file, *here.places[row, :2])
+            return self._read(here.file, here.places[row, :2], MOST_BYTES)
         cell = self._table(unit)[self.config.image_column][row].as_py()
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(data, bytes):
             raise ValueError(f"column {self.config.image_column!r} holds no image bytes")
         return data
 
-    def _read(self, file: Path, offset: int, size: int) -> bytes:
-        """Read a piece of a file; files stay open, the least used is closed."""
+    def _read(self, file: Path, place: np.ndarray, most: int) -> bytes:
+        """Read a piece (offset, size) of a file of at most so many bytes; files stay open, the least used is closed."""
+        offset, size = place.tolist()
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes; more than {most:,} are not read")
         if file not in self._files:
             if len(self._files) >= 2 * self.config.lanes:
                 os.close(self._files.popitem(last=False)[1])
             self._files[file] = os.open(file, os.O_RDONLY)
         self._files.move_to_end(file)
-        data = os.pread(self._files[file], int(size), int(offset))
+        data = os.pread(self._files[file], size, offset)
         if len(data) != size:
             raise ValueError(f"{file} is shorter than when it was indexed")
         return data
@@ -239,7 +241,10 @@ class ShardsDataset:
                 self._groups.popitem(last=False)
             here = self._units[unit]
             columns = [self.config.image_column, self.config.caption_column]
-            self._groups[unit] = pyarrow.parquet.ParquetFile(here.file).read_row_group(here.group, columns=columns)
+            try:
+                self._groups[unit] = read_row_group(pyarrow.parquet.ParquetFile(here.file), here.group, columns)
+            except (ValueError, OSError) as error:
+                raise DataError(f"{here.file} cannot be read: {error}") from error
         self._groups.move_to_end(unit)
         return self._groups[unit]
 
@@ -296,9 +301,11 @@ def find_shards(source: str) -> list[Path]:
 
 
 def _try_index(file: Path, config: ShardsConfig) -> list[Unit] | str:
+    if not file.is_file():
+        return f"{file}: no regular file (a folder, a pipe or a device)"
     try:
         return _parquet_units(file, config) if file.suffix == ".parquet" else [_tar_unit(file, config)]
-    except (OSError, ValueError, KeyError, tarfile.TarError) as error:
+    except (OSError, ValueError, KeyError) as error:
         return f"{file}: {type(error).__name__}: {error}"
 
 
@@ -313,6 +320,7 @@ def _parquet_units(file: Path, config: ShardsConfig) -> list[Unit]:
     missing = [c for c in (config.image_column, config.caption_column) if c not in opened.schema_arrow.names]
     if missing:
         raise ValueError(f"no column {', '.join(missing)}; it has {', '.join(opened.schema_arrow.names)}")
+    check_parquet(opened, file.stat().st_size, (config.image_column, config.caption_column))
     none = np.empty((0, 4), dtype=np.int64)
     units, first = [], 0
     for group in range(opened.num_row_groups):
@@ -330,11 +338,11 @@ def _tar_unit(file: Path, config: ShardsConfig) -> Unit:
     status = file.stat()
     stamp = np.array([1, status.st_size, status.st_mtime_ns])
     try:
-        with np.load(folder / name, allow_pickle=False) as stored:
-            unit = Unit(file, -1, stored["keys"], stored["places"], stored["in_json"])
-            if np.array_equal(stored["stamp"], stamp) and _lies_within(unit, status.st_size):
-                return unit
-    except (OSError, MemoryError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        stored = read_arrays(folder / name, ("stamp", "keys", "places", "in_json"))
+        unit = Unit(file, -1, stored["keys"], stored["places"], stored["in_json"])
+        if np.array_equal(stored["stamp"], stamp) and _lies_within(unit, status.st_size):
+            return unit
+    except (OSError, ValueError, KeyError):
         pass  # none yet, of another time, or torn: it is made anew
     unit = _scan_tar(file)
     data = io.BytesIO()
@@ -366,15 +374,12 @@ def _scan_tar(file: Path) -> Unit:
     """Walk through a tar's headers and pair each picture with its caption."""
     pictures: dict[str, tuple[int, int]] = {}
     texts: dict[str, tuple[int, int, bool]] = {}
-    with tarfile.open(file, "r:") as archive:
-        for member in archive:
-            if not member.isreg():
-                continue
-            key, dot, suffix = member.name.rpartition(".")
-            if dot and f".{suffix.lower()}" in SUFFIXES:
-                pictures[key] = (member.offset_data, member.size)
-            elif suffix == "txt" or (suffix == "json" and key not in texts):
-                texts[key] = (member.offset_data, member.size, suffix == "json")
+    for name, offset, size in walk_tar(file):
+        key, dot, suffix = name.rpartition(".")
+        if dot and f".{suffix.lower()}" in SUFFIXES:
+            pictures[key] = (offset, size)
+        elif suffix == "txt" or (suffix == "json" and key not in texts):
+            texts[key] = (offset, size, suffix == "json")
     lone = [key for key in pictures if key not in texts]
     if lone:
         raise ValueError(f"{len(lone)} picture(s) have no .txt or .json beside them, the first is {lone[0]!r}")

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdit.untrusted import read_bytes
+
 TINY = Path(__file__).parent / "tiny"
 BPE_FILE = TINY / "bpe_simple_vocab_16e6.txt.gz"
 
@@ -31,6 +33,8 @@ CLIP_VOCAB_SIZE = 49_408
 CLIP_START, CLIP_END = 49_406, 49_407
 CLIP_LENGTH = 77
 T5_PAD, T5_END, T5_UNKNOWN = 0, 1, 2
+_MOST_BYTES = 64 << 20  # of a tokenizer's file: T5's has 0.8 MB, the largest of 250,000 pieces 20
+_READ = (".json", ".txt", ".model", ".jinja")  # files that transformers reads
 
 # "a photo of a cat"; every load is checked against it, because transformers builds a near-empty vocabulary without
 # an error where it is handed a file name it does not know (facts: libraries.md, 0.1).
@@ -147,10 +151,30 @@ def _clip_from_folder(path: Path) -> Any:
 
     if not path.is_dir():
         raise FileNotFoundError(f"no tokenizer folder {path}; leave it out to use the packaged CLIP vocabulary")
-    loaded = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
-    # SDXL's and SD3's tokenizer_2 make "!" a special token, to pad with it: every "!" of a prompt would be id 0
-    model = json.loads(loaded.backend_tokenizer.to_str())["model"]
-    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    _check_sizes(path)
+    try:
+        loaded = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
+        # SDXL's and SD3's tokenizer_2 make "!" a special token, to pad with it: every "!" of a prompt would be id 0
+        model = json.loads(loaded.backend_tokenizer.to_str())["model"]
+        return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    except Exception as error:  # transformers and tokenizers raise what they like on a damaged file
+        raise ValueError(
+            f"{path} does not hold CLIP's tokenizer ({type(error).__name__}: {error!s:.300}); give a folder with "
+            f"tokenizer.json, or with vocab.json and merges.txt, or leave it out to use the packaged vocabulary"
+        ) from error
+
+
+def _check_sizes(folder: Path) -> None:
+    """Refuse a folder with a file that no tokenizer has, before it is read into memory.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for file in folder.iterdir():
+        if file.suffix not in _READ or file.is_dir():
+            continue
+        if not file.is_file() or file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{file} is no regular file of at most {_MOST_BYTES:,} bytes, as those of tokenizers are")
 
 
 class T5Tokenizer:
@@ -169,8 +193,11 @@ class T5Tokenizer:
             raise FileNotFoundError(
                 f"no sentencepiece model {file}; ours is made by `python scripts/train_tiny_encoders.py`"
             )
-        self._bytes = file.read_bytes()
-        self._pieces = SentencePieceProcessor(model_proto=self._bytes)
+        self._bytes = read_bytes(file, _MOST_BYTES)
+        try:
+            self._pieces = SentencePieceProcessor(model_proto=self._bytes)
+        except RuntimeError as error:
+            raise ValueError(f"{file} is no sentencepiece model ({error!s:.200})") from error
         special = (self._pieces.pad_id(), self._pieces.eos_id(), self._pieces.unk_id())
         if special != (T5_PAD, T5_END, T5_UNKNOWN):
             raise ValueError(f"{file} has pad, end, unknown ids {special}; T5 needs {(T5_PAD, T5_END, T5_UNKNOWN)}")
@@ -214,7 +241,7 @@ class ReleasedT5Tokenizer:
                 f"folder that holds one (a release's tokenizer_3)"
             )
         self._tokenizer = _t5_from(path)
-        special = tuple(getattr(self._tokenizer, f"{name}_token_id") for name in ("pad", "eos", "unk"))
+        special = tuple(getattr(self._tokenizer, f"{name}_token_id", None) for name in ("pad", "eos", "unk"))
         ids = self([_GOLDEN_TEXT], 99)[0]
         if special != (T5_PAD, T5_END, T5_UNKNOWN) or set(ids) <= {T5_UNKNOWN, T5_END}:
             raise ValueError(
@@ -253,7 +280,9 @@ def _t5_from(path: Path) -> Any:
         if not path.is_dir():
             folder = Path(copy)
             name = "tokenizer.json" if path.suffix == ".json" else "spiece.model"
-            (folder / name).write_bytes(path.read_bytes())
+            (folder / name).write_bytes(read_bytes(path, _MOST_BYTES))
+        else:
+            _check_sizes(folder)
         try:
             return Reference.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # transformers and protobuf raise what they like on a damaged file

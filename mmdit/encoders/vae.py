@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 TINY = Path(__file__).parent / "tiny" / "vae.safetensors"
+_CHANNELS = 65_536  # of one level: SD3's VAE has 512
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -204,9 +205,26 @@ def _open(path: str | Path, family: str | None) -> tuple[WeightFiles, dict[str, 
     sources = names.name_sources(files)
     stored = files.metadata.get("config")
     if stored is not None and "block_channels" in stored:
-        return files, sources, json.loads(stored)
+        return files, sources, _stored_fields(files.path, stored, sources)
     shapes = {name: names.original_shape(name, files.shape(key)) for name, key in sources.items()}
     return files, sources, names.infer_fields(shapes, _folder_config(files), family or names.release_of(files))
+
+
+def _stored_fields(path: Path, stored: str, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Read the config that `save_vae` wrote into a header: numbers of blocks that the file does not have are told.
+
+    Raises:
+        WeightsError: it is no config of a VAE.
+    """
+    try:
+        fields = json.loads(stored)
+        config = VAEConfig(**fields)
+        depth = len(config.block_channels) * config.num_res_blocks
+        if depth > len(sources) or min(depth, *config.block_channels) < 1 or max(config.block_channels) > _CHANNELS:
+            raise ValueError(f"{config.num_res_blocks} blocks in each of {config.block_channels!s:.80}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise WeightsError(f"{path} has a config in its header that is none of a VAE ({error!s:.200})") from error
+    return dict(fields)
 
 
 def _folder_config(files: WeightFiles) -> dict[str, Any] | None:

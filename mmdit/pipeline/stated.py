@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from mmdit.config import DiffusionConfig
 from mmdit.registry import lookup
 from mmdit.releases import Release
+from mmdit.untrusted import read_json
 from mmdit.weights.files import WeightFiles
 
 # diffusers' names and ours
@@ -41,9 +41,9 @@ def follow_stated(release: Release, path: Path, files: WeightFiles) -> Release:
 
 def _follow_folder(release: Release, file: Path) -> Release:
     try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
+        stated = read_json(file)
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); download it again") from error
+        raise ValueError(f"{error}; download it again") from error
     if not isinstance(stated, dict):
         raise ValueError(f"{file} is a {type(stated).__name__}, not a table; download it again")
     for name, meaning in _UNKNOWN.items():

@@ -11,7 +11,6 @@ the process, so loading costs the memory of what is loaded and little more.
 
 from __future__ import annotations
 
-import json
 import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mmdit.registry import nearest
+from mmdit.untrusted import read_json
 from mmdit.weights.header import PICKLES, Entry, WeightsError, pickle_error, read_header
 
 __all__ = ["WeightFiles", "WeightsError", "open_weights"]
@@ -300,9 +300,9 @@ def _check_index(index: Path, table: Mapping[str, str], files: Sequence[Path]) -
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} is not JSON ({error}); download it again") from error
+        table = read_json(file)
+    except ValueError as error:
+        raise WeightsError(f"{error}; download it again") from error
     if not isinstance(table, dict):
         raise WeightsError(f"{file} is a {type(table).__name__}, not a table; download it again")
     return table

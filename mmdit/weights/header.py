@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 MAX_HEADER = 20_000_000  # bytes; the format allows 100 million, SDXL whole has 0.3: parsing more takes seconds
 MAX_TENSORS = 100_000  # SDXL whole has 2,500
+MAX_NAME = 1_000  # characters of a tensor's name
 ITEMSIZE = {  # bytes of one number, by the format's name of its dtype
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -117,6 +118,9 @@ def pickle_error(path: Path) -> WeightsError:
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    # told before it is parsed, which would take seconds; a brace a tensor, two brackets, and some in the metadata
+    if text.count(b"{") > MAX_TENSORS or text.count(b"[") > 2 * MAX_TENSORS:
+        raise WeightsError(f"{path} describes more than {MAX_TENSORS:,} tensors; no network has so many")
     try:
         table = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -138,10 +142,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entries(path: Path, table: dict[str, Any], offset: int, size: int) -> dict[str, Entry]:
     """Turn the header's table into entries; together they must cover the rest of the file exactly."""
-    if len(table) > MAX_TENSORS:
-        raise WeightsError(f"{path} describes {len(table):,} tensors; no network has more than {MAX_TENSORS:,}")
     entries = {}
     for key, described in table.items():
+        if len(key) > MAX_NAME:
+            raise WeightsError(f"{path} names a tensor {key[:40]!r}... in {len(key):,} characters; is it damaged?")
         try:
             name, shape, (start, stop) = described["dtype"], described["shape"], described["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:

@@ -171,7 +171,8 @@ BAD = {
     "json": (b'{"error":"Repository not found"}', "not a safetensors file"),
     "no json": (struct.pack("<Q", 8) + b'{"a": 1,', "damaged header"),
     "list": (struct.pack("<Q", 8) + b"[1, 2, 3", "not a safetensors file"),
-    "deep": (struct.pack("<Q", 400_000) + b'{"a":' + b"[" * 399_995, "damaged header"),
+    "deep": (struct.pack("<Q", 150_000) + b'{"a":' + b"[" * 149_995, "damaged header"),
+    "many": (struct.pack("<Q", 400_000) + b'{"a":' + b"[" * 399_995, "more than 100,000 tensors"),
 }
 
 
