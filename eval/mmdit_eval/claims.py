@@ -16,6 +16,7 @@ from mmdit_eval.mixed import common_table, mixed_difference
 from mmdit_eval.scores import SCORES, Score, shown, shown_interval
 from mmdit_eval.verdicts import Difference, decide, difference, sentence
 
+_PARTNERS_LEFT_OUT = 3  # the protocol from which kernel distances leave out pairs of one prompt
 FEW = 4  # above so many rows the verdict does not repeat each row's value
 _ORDER = ("first", "second", "none", "no spread", "one seed")
 
@@ -102,7 +103,8 @@ def verdict(files: Files) -> list[str]:
         return [f"The rows are not comparable: {problem}", *values]
     claims = judge_claims(files)
     ordered = sorted(claims, key=lambda claim: _ORDER.index(claim["verdict"]))
-    return [*(_sentence(files, claim) for claim in ordered), *_limits(files, claims), *values, *_warnings(files)]
+    sentences = [_sentence(files, claim) for claim in ordered]
+    return [*sentences, *_limits(files, claims), *values, *_warnings(files), *_of_before(files)]
 
 
 def caveats(files: Files) -> list[str]:
@@ -177,6 +179,19 @@ def _warnings(files: Files) -> list[str]:
     if missing:
         found.append(f"Not judged: {', '.join(missing)}.")
     return found
+
+
+def _of_before(files: Files) -> list[str]:
+    """Name the scores that today's code would measure otherwise."""
+    results = [cell.result or {} for cell in files.judged]
+    version = min(result.get("stamp", {}).get("protocol", {}).get("version", 0) for result in results)
+    measured = {name for result in results for split in result["splits"].values() for name in split["scores"]}
+    if version >= _PARTNERS_LEFT_OUT or "kernel" not in measured:
+        return []
+    return [
+        f"Kernel distances are those of protocol {version}, which counts a picture with the true picture of its own "
+        f"prompt: they are too low, by about 2/N of that kernel, so a value below zero says nothing."
+    ]
 
 
 def varies(files: Files) -> list[str]:

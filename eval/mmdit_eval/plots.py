@@ -109,7 +109,8 @@ def attribute_figure(
     """
     figure, axes = _figure(len(values), rows=len(styles))
     for axis, (split, rows) in zip(np.atleast_1d(axes), values.items(), strict=True):
-        offsets = np.linspace(-0.36, 0.36, len(rows)) if len(rows) > 1 else np.zeros(1)
+        half = min(0.36, 0.09 * (len(rows) - 1))  # a few rows stand together, so that each attribute is one group
+        offsets = np.linspace(-half, half, len(rows))
         for offset, (row, found) in zip(offsets, rows.items(), strict=True):
             for place, score in enumerate(labels):
                 if score in found:

@@ -374,6 +374,18 @@ def test_unlike_stamps_are_refused_by_name(study):
     assert any("not comparable" in sentence for sentence in verdict(read_study(study)))
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_kernel_distances_of_before_partners_were_left_out_are_named_so(study, version):
+    for file in study.glob("*/eval/tiny-000000003000.json"):
+        result = json.loads(file.read_text())
+        result["stamp"]["protocol"]["version"] = version
+        for split in result["splits"].values():
+            split["scores"]["kernel"] = split["scores"]["frechet"]
+        file.write_text(json.dumps(result))
+    told = [line for line in verdict(read_study(study)) if line.startswith("Kernel distances are those of protocol 2")]
+    assert len(told) == (version == 2)
+
+
 def test_a_comparison_is_paired_by_prompt(study):
     a, b = (json.loads((study / f"{row}-s0/eval/tiny-000000003000.json").read_text()) for row in ("mmdit", "unet"))
     found = compare(a, b)["seen"]["all_correct"]
