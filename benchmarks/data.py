@@ -5,6 +5,7 @@ ways are read in one process and take turns, batch by batch, so that a busy mach
 ratios. Every way is read once before, so files are in the page cache: this is decoding and Python, not a disk.
 
     taskset -c 0 python benchmarks/data.py --out results/benchmarks/data.json
+    python benchmarks/data.py --table                                      # writes the table of docs/scaling.md anew
 
 Then one small MMDiT is trained twice, from the cache and with live encoders: the same losses, images/s of both, and how
 long the steps waited for data.
@@ -43,6 +44,10 @@ from mmdit.train.step import BatchDrawer
 from mmdit.train.tracking import describe_environment, read_metrics
 from mmdit.train.trainer import train
 
+ROOT = Path(__file__).resolve().parents[1]
+STORED = ROOT / "results" / "benchmarks" / "data.json"
+PAGE = ROOT / "docs" / "scaling.md"
+MARKS = ("<!-- feeding: written by benchmarks/data.py --table -->", "<!-- end of feeding -->")
 WIDTH, HEIGHT, QUALITY = 640, 480, 90
 SUBJECTS = ("a lighthouse", "two bicycles", "an old map", "a bowl of cherries", "a heron", "rain on a window")
 
@@ -267,6 +272,39 @@ def rows_of(ways: list[Way], seconds: list[list[float]], batch_size: int) -> Ite
         }
 
 
+def report(stored: dict[str, Any]) -> str:
+    """Return what docs/scaling.md says of a measurement, as Markdown."""
+    lines = ["| | gives | images/s | to the naive way |", "|---|---|---|---|"]
+    for row in stored["rows"]:
+        lines.append(f"| {row['way']} | {row['gives']} | {row['images_per_second']:,.0f} | {row['speed_up']:,.1f} |")
+    training = stored["training"]
+    cached, live, resolution = training["cached"], training["live"], stored["pictures"]["resolution"]
+    apart = training["largest_relative_difference_of_losses"]
+    differ = f"apart by {apart:.0e} relative" if apart else "the same to the last digit"
+    found = (
+        f"images/s from the cache and with live encoders: {cached['images_per_second']:.1f} and "
+        f"{live['images_per_second']:.1f}, {training['gain']:.2f} times as many",
+        f"losses of the two, step by step: {differ}",
+        f"time that steps from the cache waited for data: {cached['data_wait_share']:.2%}",
+        f"drawing a batch's noise, were it not done ahead: {training['drawing_share_of_a_step']:.2%} of a step",
+    )
+    lines += ["", f"The tiny MMDiT trained at {resolution} pixels, {training['updates']} updates:", ""]
+    return "\n".join([*lines, *(f"- {line}" for line in found)])
+
+
+def write_report(page: Path, stored: dict[str, Any]) -> None:
+    """Put it between its markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (begin and end):
+        raise ValueError(f"{page} has no markers {MARKS[0]} and {MARKS[1]}")
+    page.write_text(f"{before}{begin}\n{report(stored)}\n{end}{after}", encoding="utf-8")
+
+
 def main(
     count: int = 1024,
     resolution: int = 256,
@@ -276,6 +314,7 @@ def main(
     train_batch: int = 16,
     threads: int = 1,
     out: Path | None = None,
+    table: bool = False,
 ) -> None:
     """Time the ways, train both ways, print a table.
 
@@ -288,7 +327,11 @@ def main(
         train_batch: pictures an update.
         threads: compute threads.
         out: JSON file for the numbers and where they come from.
+        table: write the table of docs/scaling.md from results/benchmarks/data.json, and measure nothing.
     """
+    if table:
+        write_report(PAGE, json.loads(STORED.read_text(encoding="utf-8")))
+        return
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="data-bench-") as folder:
         root = Path(folder)
@@ -310,11 +353,11 @@ def main(
         "rows": rows,
         "training": training,
     }
-    table = Table("way", "gives", "images/s", "best", "x naive")
+    shown = Table("way", "gives", "images/s", "best", "x naive")
     for row in rows:
         speeds = f"{row['images_per_second']:,.0f}", f"{row['best_images_per_second']:,.0f}", f"{row['speed_up']:.1f}"
-        table.add_row(row["way"], row["gives"], *speeds)
-    Console(width=120).print(table)
+        shown.add_row(row["way"], row["gives"], *speeds)
+    Console(width=120).print(shown)
     Console(width=120).print({k: v for k, v in training.items() if k not in ("cached", "live")})
     for name in ("cached", "live"):
         found = training[name]

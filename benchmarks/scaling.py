@@ -221,10 +221,10 @@ def write_tables(page: Path, stored: dict[str, Any]) -> None:
     """
     text = page.read_text(encoding="utf-8")
     for name, table in tables(stored).items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{page} has no markers <!-- {name} --> and <!-- /{name} -->")
-        text = pattern.sub(lambda found, table=table: found[1] + table + found[2], text)
+        text = pattern.sub(lambda found, table=table: found[1] + table + "\n" + found[2], text)
     page.write_text(text, encoding="utf-8")
 
 

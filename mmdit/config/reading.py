@@ -88,9 +88,11 @@ def _count(node: Any, source: str, known: dict[int, int]) -> int:
     """Count the values below a node with all aliases written out: a few lines of them can mean billions.
 
     Raises:
-        ConfigError: too many, or a node that holds itself.
+        ConfigError: too many, a node that holds itself, or a number that no field takes.
     """
-    if not isinstance(node, dict | list):
+    if isinstance(node, int) and abs(node) >= 2**63:  # 1:59:59 and so on is a number in YAML: of any length
+        raise ConfigError(f"{source} holds a whole number of more than 64 bits")
+    if not isinstance(node, dict | list | tuple):
         return 1
     if id(node) not in known:
         known[id(node)] = MOST_NODES  # while it is being counted: what holds itself has no end

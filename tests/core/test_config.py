@@ -15,6 +15,7 @@ from mmdit.config import (
     load_study,
     merge,
     parse_overrides,
+    read_yaml,
     resolve,
     row_configs,
     to_tree,
@@ -191,3 +192,39 @@ def test_a_field_of_another_variant_is_not_answered_with_itself():
     with pytest.raises(ConfigError, match=r"data\.num_images: unknown field\. Valid here") as caught:
         load_config(None, {"data": {"name": "images", "source": "x", "num_images": 3}})
     assert "did you mean 'data.num_images'" not in str(caught.value)
+
+
+def test_aliases_mean_what_they_say_and_those_that_grow_are_refused(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("x: &prompts [a red circle]\ntrain: {sample_prompts: *prompts}\n")
+    assert read_yaml(file)["train"] == {"sample_prompts": ["a red circle"]}
+    lines = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
+    file.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"a\.yaml has more than 50,000 values with its aliases written out"):
+        read_yaml(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: [a, b]", "base: expected the path of a config"),
+        ("name: 2024-99-99", "not valid YAML: month must be in"),
+        ("? [a]\n: b", "not valid YAML: unhashable"),
+        ("train: {images: 1" + ":59" * 30 + "}", "whole number of more than 64 bits"),
+        ("[" * 5_000, "nested too deeply"),
+        ("# " + "x" * 300_000, "300,002 bytes; more than 262,144 are not read"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, text, words):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(tmp_path / "a.yaml")
+    assert "a.yaml" in str(caught.value)
+
+
+def test_of_many_problems_the_first_fifty_are_told():
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {f"field{i}": 1 for i in range(70)})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 51
+    assert lines[-1].endswith("and 20 more problems")
