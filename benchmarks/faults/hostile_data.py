@@ -288,15 +288,19 @@ def _write_parquet(path: Path, bomb: int, pickled: bytes | None) -> None:
 
 def _repeated(folder: Path) -> Path:
     """Write a parquet of one picture of 1 MiB, in a dictionary, and two thousand numbers of it."""
+    path = write(folder / "repeated" / "repeated.parquet", b"")
+    apart(lambda: _write_repeated(path))
+    return path
+
+
+def _write_repeated(path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = write(folder / "repeated" / "repeated.parquet", b"")
     # 2 GB in half a kilobyte, and no schema that says it is a dictionary
     values = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2000, np.int32)), pa.array([png() + bytes(1 << 20)]))
     pq.write_table(pa.table({"image": values, "text": pa.array(["one"] * 2000)}), path, compression="zstd",
                    dictionary_pagesize_limit=1 << 30, store_schema=False)  # fmt: skip
-    return path
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -370,6 +374,7 @@ def pictures(folder: Path, trap: Trap) -> Cases:
             partial(opened, table("out", {"bytes": None, "path": "../../../../../etc/passwd"})), ("out.parquet",)
         ),
         "a parquet bomb": Case(partial(opened, _parquet(folder / "bomb", trap)), ("bomb.parquet",)),
+        "a parquet of one value two thousand times": Case(partial(opened, _repeated(folder)), ("repeated.parquet",)),
         "a program in PostScript": file(
             "eps", f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%{trap.shell}) (w) file\n".encode()
         ),

@@ -104,6 +104,8 @@ def death_in_a_save(folder: Path, full: bool) -> Outcome:
     for scene in SCENES if full else SCENES[:1]:
         _every_point(folder / scene.name.replace(" ", "-").replace(",", ""), scene, repeats, tally)
     if full:
+        import mmdit.train.shards  # noqa: F401 (forks find it ready)
+
         _every_point(folder / "sharded", SHARDED, repeats, tally)
         _session(folder / "session", tally)
     points = sum(tally.points.values())
@@ -186,7 +188,7 @@ def _act_out(
 
         pids.append(forked(work, root.parent / "log", wait=False))
     codes = []
-    for _ in pids:  # one dead, the others are killed: a node has gone
+    while pids:  # one dead, the others are killed: a node has gone
         pid, status = os.wait()
         codes.append(os.waitstatus_to_exitcode(status))
         pids.remove(pid)

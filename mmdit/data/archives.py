@@ -238,15 +238,34 @@ def read_row_group(opened: Any, group: int, columns: Sequence[str]) -> Any:
     """
     import pyarrow
 
+    return pyarrow.Table.from_batches(list(_pieces(opened, group, columns)))
+
+
+def check_dictionaries(opened: Any) -> None:
+    """Unpack those row groups, and keep nothing, in which one value could stand for more than memory has room for.
+
+    Raises:
+        ValueError: as `read_row_group`.
+    """
+    for group in range(opened.num_row_groups):
+        described = opened.metadata.row_group(group)
+        parts = [described.column(i) for i in range(described.num_columns)]
+        most = described.num_rows * sum(p.total_uncompressed_size for p in parts if p.has_dictionary_page)
+        if most > 4 * FREE:
+            for _ in _pieces(opened, group, None):
+                pass
+
+
+def _pieces(opened: Any, group: int, columns: Sequence[str] | None) -> Iterator[Any]:
+    """Yield the record batches of a row group."""
     unpacked, _ = _sizes(opened, group, columns)
     rows = max(1, min(65_536, FREE // max(1, unpacked)))  # no value is larger than all pages together
-    pieces, size = [], 0
-    for piece in opened.iter_batches(rows, row_groups=[group], columns=list(columns)):
-        pieces.append(piece)
+    size = 0
+    for piece in opened.iter_batches(rows, row_groups=[group], columns=None if columns is None else list(columns)):
         size += piece.nbytes
         if size > max(4 * FREE, 4 * unpacked):
             raise ValueError(f"row group {group} unpacks to more than {size:,} bytes out of pages of {unpacked:,}")
-    return pyarrow.Table.from_batches(pieces)
+        yield piece
 
 
 def _sizes(opened: Any, group: int, columns: Sequence[str] | None) -> tuple[int, int]:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmdit.config import ImagesConfig
-from mmdit.data.archives import check_parquet
+from mmdit.data.archives import check_dictionaries, check_parquet
 from mmdit.data.buckets import Size, bucket_sizes, nearest_bucket
 from mmdit.encoders.tokenizers import clean
 from mmdit.registry import nearest, unknown
@@ -266,7 +266,9 @@ def _check_tables(path: Path) -> None:
     for file in [path] if path.suffix == ".parquet" else path.rglob("*.parquet") if path.is_dir() else ():
         if file.is_file():
             try:
-                check_parquet(pyarrow.parquet.ParquetFile(file), file.stat().st_size)
+                opened = pyarrow.parquet.ParquetFile(file)
+                check_parquet(opened, file.stat().st_size)
+                check_dictionaries(opened)
             except (pyarrow.lib.ArrowException, ValueError) as error:
                 raise ValueError(f"{file.name}: {error}") from error
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmdit.data.archives import array_names, check_parquet, read_arrays, read_row_group, walk_tar
+from mmdit.data.archives import array_names, check_dictionaries, check_parquet, read_arrays, read_row_group, walk_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 NAMES = ["a.png", "folder/b.txt", "ü/日本.json", "x" * 99, "deep/" * 18 + "c.png", "../../out.png", "/etc/root.txt", ""]
@@ -91,6 +91,7 @@ def test_a_row_group_is_what_pyarrow_reads(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=600)
     opened = pq.ParquetFile(tmp_path / "a.parquet")
     check_parquet(opened, (tmp_path / "a.parquet").stat().st_size)
+    check_dictionaries(opened)
     for group in (0, 1):
         found = read_row_group(opened, group, ["image", "text"])
         assert found.to_pylist() == opened.read_row_group(group, columns=["image", "text"]).to_pylist()
@@ -109,3 +110,5 @@ def test_bombs_in_parquet_are_told(tmp_path):
     check_parquet(opened, (tmp_path / "b.parquet").stat().st_size)  # it says nothing of it
     with pytest.raises(ValueError, match="row group 0 unpacks to more than"):
         read_row_group(opened, 0, ["a"])
+    with pytest.raises(ValueError, match="row group 0 unpacks to more than"):
+        check_dictionaries(opened)
