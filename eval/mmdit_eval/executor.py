@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 EXIT_INTERRUPTED = 75  # a training process that saved and wants the same command again
@@ -41,9 +43,9 @@ def run_queue(
     """
     waiting, running = list(commands), dict[str, Any]()
     stopped, gpus = False, visible_devices() if devices is None else [str(device) for device in devices]
-    try:
-        while running or (waiting and not stopped):
-            try:
+    with _interruptions() as interrupted:
+        try:
+            while running or (waiting and not stopped):
                 while waiting and len(running) < workers and not stopped:
                     name = waiting.pop(0)
                     taken = {int(process.place) for process in running.values()}
@@ -52,6 +54,10 @@ def run_queue(
                     running[name] = start(commands[name], environment(workers, place, gpus))
                     running[name].place = place
                 time.sleep(poll)
+                if interrupted and not stopped:
+                    print("\nstopping: what is being trained saves its state ...", flush=True)
+                    stopped = True
+                    ask_to_stop(running)
                 for name, process in list(running.items()):
                     code = process.poll()
                     if code is None:
@@ -61,17 +67,28 @@ def run_queue(
                     if code in (EXIT_INTERRUPTED, *EXITS_UNBEGUN) and not stopped:
                         stopped = True
                         ask_to_stop(running)
-            except KeyboardInterrupt:
-                if not stopped:
-                    print("\nstopping: what is being trained saves its state ...", flush=True)
-                    ask_to_stop(running)
-                stopped = True
-    except BaseException:  # `begun` or `ended` could not write: nobody would watch over what runs, or know of it
-        ask_to_stop(running)
-        for process in running.values():
-            process.wait()
-        raise
+        except BaseException:  # `begun` or `ended` could not write: nobody would watch over what runs, or know of it
+            ask_to_stop(running)
+            for process in running.values():
+                process.wait()
+            raise
     return not waiting and not stopped
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM instead of raising: amid the start of a process that would leave one nobody knows of."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield noted
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda got, frame: noted.append(got)) for number in numbers]
+    try:
+        yield noted
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> Any:

@@ -285,6 +285,29 @@ def test_an_interruption_is_passed_on_once_to_all_that_run_and_waited_for(tmp_pa
     assert not notes["third"].exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_amid_the_start_of_a_process_leaves_none_that_nobody_knows_of(tmp_path, monkeypatch, number):
+    from mmdit_eval import executor
+
+    note, begin = tmp_path / "note", executor.start
+
+    def start(command, environment):
+        process = begin(command, environment)
+        while not note.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)  # before anybody has taken the process down
+        return process
+
+    monkeypatch.setattr(executor, "start", start)
+    codes = {}
+    assert (
+        run_queue({"one": [sys.executable, "-c", CHILD, str(note)]}, 1, lambda name: None, codes.__setitem__) is False
+    )
+    assert codes == {"one": 75}
+    assert note.read_text() == "ready saved "
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+
+
 def test_one_that_was_interrupted_from_outside_stops_the_others_after_they_saved(tmp_path):
     note = tmp_path / "note"
     wait = f"import pathlib, time, sys\nwhile not pathlib.Path({str(note)!r}).exists(): time.sleep(0.02)\nsys.exit(75)"
