@@ -29,7 +29,7 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any], varies: Sequenc
                 continue
             problems.append(f"{part}.{name}: {_at(a['stamp'][part], name)!r} and {_at(b['stamp'][part], name)!r}")
     if problems:
-        way = "Evaluate both with one suite, or name an inference field in the study's varies:"
+        way = "Judge both by one suite with today's code; fields of inference may differ that varies: or --varies name"
         if a.get("kind") == "images":
             way = "Judge both sets against the same pictures with the same options"
         raise ValueError(

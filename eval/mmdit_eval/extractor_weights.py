@@ -66,6 +66,12 @@ KNOWN: dict[str, KnownFile] = {
 }
 
 
+WORKS_WITHOUT = (
+    "Works without: the extractor 'tiny_clip' (ships with the package; knows its shapes and emoji, so its distances "
+    "compare with nobody's FID)"
+)
+
+
 def places() -> list[Path]:
     """Return the folders that are searched, in order: $MMDIT_EVAL_WEIGHTS, our cache, torch hub's."""
     given = os.environ.get(FOLDER_VARIABLE)
@@ -101,8 +107,7 @@ def find_weights(extractor: str, known: KnownFile, given: str | Path | None = No
         f"extractor {extractor!r} needs {known.names[0]}{' (' + ', '.join(facts) + ')' if facts else ''}, from "
         f"{known.source}. It is not shipped and nothing is downloaded by itself; looked in "
         f"{', '.join(map(str, folders))}. Put it into {places()[-2]}, or name the file or its folder by "
-        f"--extractor-weights or ${FOLDER_VARIABLE}. Works without: the extractor 'tiny_clip' (ships with the package; "
-        f"knows its shapes and emoji, so its distances compare with nobody's FID)"
+        f"--extractor-weights or ${FOLDER_VARIABLE}. {WORKS_WITHOUT}"
     )
 
 

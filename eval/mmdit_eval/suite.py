@@ -33,6 +33,7 @@ from mmdit.encoders.vae import AutoencoderKL, load_run_vae, to_images, to_pixels
 from mmdit.pipeline import TextToImage, configure_cpu, save_image
 from mmdit.registry import lookup
 from mmdit_eval.comparison import compare, read_result, write_result
+from mmdit_eval.distance_metrics import DISTANCES
 from mmdit_eval.distribution import Share, draw_batches, forget
 from mmdit_eval.drawn import Drawn, Reference, look_together, training_features
 from mmdit_eval.features import Extractor, hash_tensors, load_clip, load_extractor
@@ -65,6 +66,10 @@ def check_suite(suite: SuiteConfig, config: RunConfig) -> SuiteConfig:
             f"suite.metrics: 'retrieval' by {TINY} knows shapes and emoji only, the run has data.name "
             f"{config.data.name!r}; name a pair, suite.clip: clip:FOLDER or openclip:NAME@FILE, or leave it out"
         )
+    distances = [name for name in suite.metrics if name in DISTANCES]
+    for field in ("num_images", "snapshot_images"):
+        if distances and getattr(suite, field) == 1:
+            raise ConfigError(f"suite.{field}: {distances[0]!r} is a distance between sets, which 1 picture is not")
     for name in suite.metrics:
         try:
             metric = lookup(METRICS, name, "metric")

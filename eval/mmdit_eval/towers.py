@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mmdit_eval.extractor_weights import (
     KNOWN,
+    WORKS_WITHOUT,
     KnownFile,
     find_weights,
     hash_tensors,
@@ -149,7 +150,7 @@ def clip(options: Options) -> Extractor:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"no CLIP in {folder}: a folder in the transformers layout (config.json, model.safetensors) is needed; "
-            f"nothing is downloaded"
+            f"nothing is downloaded. {WORKS_WITHOUT}"
         )
     model, report = CLIPModel.from_pretrained(
         str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True

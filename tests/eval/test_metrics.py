@@ -126,6 +126,11 @@ def test_a_suite_that_the_data_cannot_serve_is_refused_by_name():
         check_suite(SuiteConfig(metrics=("composition",)), run)
     with pytest.raises(ConfigError, match="did you mean 'frechet'"):
         check_suite(SuiteConfig(metrics=("frechett",)), run)
+    with pytest.raises(ConfigError, match=r"suite\.num_images: 'frechet' is a distance between sets"):
+        check_suite(SuiteConfig(metrics=("clip_score", "frechet"), num_images=1), run)
+    with pytest.raises(ConfigError, match=r"suite\.snapshot_images: 'cmmd' is"):
+        check_suite(SuiteConfig(metrics=("cmmd",), snapshot_images=1), run)
+    assert check_suite(SuiteConfig(metrics=("clip_score",), num_images=1), run).num_images == 1
 
 
 def test_retrieval_asks_the_judge_about_each_emoji_and_states_chance(monkeypatch):
