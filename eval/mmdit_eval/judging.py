@@ -98,14 +98,15 @@ def judge_cell(
     run_dir, source = study_dir / task.name, study_dir / task.source
     try:
         found = references.of(task.config, **options)
+        # the study's sampling, not the one in the checkpoint, which stays as it was on the training's last day
+        own = suite.model_copy(update={"sampling": suite.sampling or task.config.sampling})
         if source == run_dir:
-            evaluate_snapshots(run_dir, suite, references=found, say=say)
-            evaluate_run(run_dir, suite, references=found, say=say)
+            evaluate_snapshots(run_dir, own, references=found, say=say)
+            evaluate_run(run_dir, own, references=found, say=say)
             if task.attention is not None:
                 split = next(iter(found.values()))
                 write_attention(find_checkpoint(run_dir), split, task.attention, run_dir / "attention.json")
-        else:  # on another's networks with its own sampling, in a folder of its own
-            own = suite.model_copy(update={"sampling": task.config.sampling})
+        else:  # on another's networks, in a folder of its own
             evaluate_run(source, own, references=found, out=run_dir, name=task.config.name, say=say)
     except (CheckpointError, FileNotFoundError, ValueError, RuntimeError) as error:
         return str(error) or type(error).__name__

@@ -66,6 +66,11 @@ def test_rows_of_one_training_are_trained_once_and_judged_under_their_own_sampli
     assert summary["rows"]["w3"]["seconds"] == summary["rows"]["w1"]["seconds"]
     assert run_study(tmp_path / "study.yaml", out=tmp_path / "runs", say=lambda _: None) == 0
     assert len(started) == 3
+    # what a finished run's checkpoint says of sampling is of its training's day; the study says how it is judged
+    words = ["--overrides.sampling.num_steps", "3", "--seeds", "[1]"]
+    assert run_study(tmp_path / "study.yaml", words, out=tmp_path / "runs", say=lambda _: None) == 0
+    again = (json.loads(next((folder / f"{row}-s1" / "eval").glob("*.json")).read_text()) for row in ("w1", "w3"))
+    assert [found["stamp"]["inference"]["sampling.num_steps"] for found in again] == [3, 3]
 
 
 def test_a_failed_training_takes_the_rows_that_share_it_along_and_says_so(write, tmp_path, monkeypatch):
