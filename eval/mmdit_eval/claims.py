@@ -175,6 +175,14 @@ def _warnings(files: Files) -> list[str]:
                 f"{row} is confounded: it differs from the reference in {', '.join(kept['confounded'])} too, so its "
                 f"differences have no one cause."
             )
+    for cell in files.judged:
+        judged = (cell.result or {})["images_seen"]
+        trained = max((record["images_seen"] for record in cell.records("train")), default=0)
+        if judged < trained:
+            found.append(
+                f"{cell.folder.name} was judged at {judged:,} of its {trained:,} images: what came later does not "
+                f"verify or was not judged. It does not compare with cells that were judged at their end."
+            )
     missing = [cell.folder.name for cell in files.cells if cell.result is None]
     if missing:
         found.append(f"Not judged: {', '.join(missing)}.")

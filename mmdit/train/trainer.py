@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ from mmdit.pipeline import configure_cpu
 from mmdit.train.ema import EMAs
 from mmdit.train.memory import first_line, memory_told
 from mmdit.train.optim import build_optimizer, lr_at, set_lr
+from mmdit.train.ownership import sole_trainer
 from mmdit.train.run import Run, count_parameters, due, spent, total_images
 from mmdit.train.saving import COMPLETE, poll, restore, save, save_or_go_on
 from mmdit.train.sharding import prepare_blocks, shard
@@ -92,7 +93,8 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
         ConfigError: the folder belongs to a run with another config, or the number of processes is not the config's.
         NonFiniteLossError: more than `train.max_skips` losses or gradients in a row that are not finite; names step,
             samples and the last good checkpoint.
-        CheckpointError: a checkpoint could not be read, or more than `train.save_retries` in a row not be written.
+        CheckpointError: a checkpoint could not be read, or more than `train.save_retries` in a row not be written; or
+            another process trains in this folder.
         OutOfMemoryError: a step does not fit into memory; says what to change.
     """
     run_dir = Path(run_dir)
@@ -110,6 +112,14 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
             f"train.num_processes is {config.train.num_processes}, but {accelerator.num_processes} process(es) run; "
             f"launch with: torchrun --nproc_per_node {config.train.num_processes} -m mmdit.train ..."
         )
+    with sole_trainer(run_dir) if accelerator.is_main_process else nullcontext():
+        return _session(config, run_dir, resume, progress, accelerator, hardware)
+
+
+def _session(
+    config: RunConfig, run_dir: Path, resume: str, progress: bool, accelerator: Accelerator, hardware: dict[str, Any]
+) -> Result:
+    """Open the run's folder, build the run and train it."""
     main = accelerator.is_main_process
     checkpoint = open_run(config, run_dir, resume, accelerator)
     accelerator.wait_for_everyone()

@@ -355,6 +355,15 @@ def test_a_failed_cell_is_listed_and_the_others_are_shown(tmp_path):
     assert summary(read_study(tmp_path))["cells"]["unet-s0"]["status"] == "failed"
 
 
+def test_a_cell_that_was_judged_before_its_training_ended_is_named(study):
+    assert not any("was judged at" in line for line in verdict(read_study(study)))
+    last = study / "unet-s0" / "eval" / "tiny-000000003000.json"  # as where the last checkpoint is damaged: the one
+    judged = {**json.loads(last.read_text()), "images_seen": 2000}  # before it is judged in full, under an equal stamp
+    last.with_name("tiny-000000002000.json").write_text(json.dumps(judged))
+    last.unlink()
+    assert any("unet-s0 was judged at 2,000 of its 3,000 images" in line for line in verdict(read_study(study)))
+
+
 def test_a_study_without_any_result_still_has_a_report(tmp_path):
     write_study(tmp_path)
     for result in tmp_path.glob("*/eval/*.json"):

@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
 import torch
 
 import mmdit.checkpoint as checkpoint_room
+import mmdit.train.ownership as ownership
 import mmdit.train.saving as saving_room
 import mmdit.train.step as step_room
 import mmdit.train.trainer as room
@@ -110,6 +113,32 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_last_checkpoint_whole(tmp_
     assert [int(p.name) for p in list_checkpoints(tmp_path)] == [8]
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")]
     assert train(config, tmp_path, progress=False).complete
+
+
+HOLDER = """
+import fcntl, os, sys, time
+descriptor = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(descriptor, fcntl.LOCK_EX)
+os.pwrite(descriptor, b"process 1 on elsewhere", 0)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_trainer_waits_for_the_first_to_save_and_then_refuses_the_folder(tmp_path, micro, monkeypatch, capsys):
+    """It would sweep away the checkpoint that the first one is writing."""
+    (tmp_path / "checkpoints" / ".tmp-000000000008-abcd").mkdir(parents=True)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ownership.LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"held\n"
+        monkeypatch.setattr(ownership, "PATIENCE", 0.3)
+        with pytest.raises(CheckpointError, match=r"another process is training .*process 1 on elsewhere"):
+            train(micro(), tmp_path, progress=False)
+        assert (tmp_path / "checkpoints" / ".tmp-000000000008-abcd").is_dir()
+        assert "waiting for it to end" in capsys.readouterr().out
+        first.kill()
+    with ownership.sole_trainer(tmp_path, patience=0):  # whoever died has let go of it
+        pass
 
 
 def test_a_save_that_cannot_fit_is_not_begun(tmp_path, micro, monkeypatch):
