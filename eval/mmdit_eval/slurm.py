@@ -58,6 +58,10 @@ def run_jobs(
                 job.cancel(check=False)
             stopped = True
             break
+        except BaseException:  # `ended` could not write: nobody would watch over the jobs, or know of them
+            for job in waiting.values():
+                job.cancel(check=False)
+            raise
     for name in waiting:
         ended(name, 75)
     return not stopped

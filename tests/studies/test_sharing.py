@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from mmdit_eval import executor, study
+from mmdit_eval import executor, slurm, study
 from mmdit_eval.pilot import plan_from_pilot
 from mmdit_eval.power import seeds_needed
 from mmdit_eval.slurm import run_jobs, submit
@@ -130,6 +130,31 @@ def test_jobs_are_run_through_submitit_and_their_exit_codes_come_back(tmp_path):
     assert run_jobs(commands(good=0, bad=3), config, tmp_path, begun.append, ended.__setitem__, poll=0.1)
     assert begun == ["good", "bad"]
     assert ended == {"good": 0, "bad": 3}
+
+
+def test_jobs_are_cancelled_where_what_became_of_one_cannot_be_written_down(tmp_path, monkeypatch):
+    cancelled = []
+
+    class Job:
+        def __init__(self, name):
+            self.name = name
+
+        def done(self):
+            return self.name == "first"
+
+        def result(self):
+            return 0
+
+        def cancel(self, check):
+            cancelled.append(self.name)
+
+    def full(name, code):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(slurm, "submit", lambda commands, config, folder: {name: Job(name) for name in commands})
+    with pytest.raises(OSError, match="No space left"):
+        run_jobs({"first": ["a"], "second": ["b"]}, SlurmConfig(), tmp_path, lambda name: None, full)
+    assert "second" in cancelled
 
 
 def test_a_study_runs_on_a_cluster_by_one_word(write, tmp_path, monkeypatch):
