@@ -185,12 +185,13 @@ def plan_memory() -> Iterator[dict[str, Any]]:
 def tables(stored: dict[str, Any]) -> dict[str, str]:
     """Return the tables of docs/scaling.md by name, as Markdown."""
     cost = [
-        "| | processes | images/s | core-seconds an image | to one process | losses apart by |",
-        "|---|---|---|---|---|---|",
+        "| | processes | update, median | fastest | images/s | core-seconds an image | to one process | losses apart |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in stored.get("cost", {}).get("rows", ()):
         cost.append(
-            f"| {row['way']} | {row['processes']} | {row['images_per_second']:.0f} | "
+            f"| {row['way']} | {row['processes']} | {statistics.median(row['step_seconds']):.3f} s | "
+            f"{min(row['step_seconds']):.3f} s | {row['images_per_second']:.0f} | "
             f"{row['core_seconds_per_image']:.4f} | {row['relative_cost']:.2f} | "
             f"{row['largest_relative_difference_of_losses']:.0e} |"
         )

@@ -63,7 +63,8 @@ def run_hostile(folder: Path, full: bool) -> Outcome:
         {
             "files": len(found), "by_loader": dict(Counter(label.partition(":")[0] for label in found)),
             "ends": dict(counts), "code_run": code, "most_mib": round(mib, 1), "slowest_seconds": round(seconds, 3),
-            "wrong": wrong, "cases": {k: f._replace(said=f.said[:120])._asdict() for k, f in found.items()},
+            "wrong": wrong,
+            "cases": {k: f._replace(said=f.said.replace(f"{folder}/", "")[:120])._asdict() for k, f in found.items()},
         },
     )  # fmt: skip
 
