@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -298,6 +299,8 @@ def latest_checkpoint(run_dir: str | Path, report: Callable[[str], None] | None 
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint meant by `path`: itself, or the newest verified one of a run folder.
 
+    A newer one that is damaged is passed over with a warning: what is drawn or judged is not the end of that run.
+
     Raises:
         FileNotFoundError: no such run; the message lists the runs there are.
         CheckpointError: the run has no checkpoint that verifies.
@@ -319,6 +322,8 @@ def find_checkpoint(path: str | Path) -> Path:
             "no checkpoint has been written yet",
             f"Go on training: python scripts/train.py {path / CONFIG} --out {path}",
         )
+    if problems:
+        warnings.warn(f"{path}: {latest.name} is taken, not the newest checkpoint; {'; '.join(problems)}", stacklevel=2)
     return latest
 
 
