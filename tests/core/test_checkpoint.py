@@ -176,9 +176,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
     told = []
     assert latest_checkpoint(tmp_path, told.append).name == "000000000008"
     assert "000000000016" in told[0]
-    with pytest.warns(
-        UserWarning, match=r"000000000008 is taken, not the newest.*000000000016"
-    ):
+    with pytest.warns(UserWarning, match=r"000000000008 is taken, not the newest.*000000000016"):
         assert find_checkpoint(tmp_path).name == "000000000008"
 
 
