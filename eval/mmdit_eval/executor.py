@@ -82,12 +82,14 @@ def _interruptions() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield noted
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda got, frame: noted.append(got)) for number in numbers]
+    # what a shell starts in the background ignores SIGINT, and goes on ignoring it
+    before = {n: h for n in (signal.SIGINT, signal.SIGTERM) if (h := signal.getsignal(n)) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda got, frame: noted.append(got))
     try:
         yield noted
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -265,7 +265,15 @@ time.sleep(20)
 """
 
 
-def test_an_interruption_is_passed_on_once_to_all_that_run_and_waited_for(tmp_path):
+@pytest.fixture
+def heard():
+    """Let SIGINT be heard, as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_is_passed_on_once_to_all_that_run_and_waited_for(tmp_path, heard):
     """A child saves after the first SIGINT; a second one would end it at once. What waits does not begin."""
     notes = {name: tmp_path / name for name in ("first", "second", "third")}
 
@@ -286,10 +294,10 @@ def test_an_interruption_is_passed_on_once_to_all_that_run_and_waited_for(tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_amid_the_start_of_a_process_leaves_none_that_nobody_knows_of(tmp_path, monkeypatch, number):
+def test_an_interruption_amid_a_start_leaves_no_process_that_nobody_knows_of(tmp_path, monkeypatch, heard, number):
     from mmdit_eval import executor
 
-    note, begin = tmp_path / "note", executor.start
+    note, begin, before = tmp_path / "note", executor.start, signal.getsignal(number)
 
     def start(command, environment):
         process = begin(command, environment)
@@ -305,7 +313,7 @@ def test_an_interruption_amid_the_start_of_a_process_leaves_none_that_nobody_kno
     )
     assert codes == {"one": 75}
     assert note.read_text() == "ready saved "
-    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert signal.getsignal(number) is before
 
 
 def test_one_that_was_interrupted_from_outside_stops_the_others_after_they_saved(tmp_path):
