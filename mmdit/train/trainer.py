@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -272,9 +272,11 @@ def open_run(config: RunConfig, run_dir: Path, resume: str, accelerator: Acceler
             if not any(field == allowed or field.startswith(allowed + ".") for allowed in RESUMABLE)
         ]
         if changed:
+            told = ", ".join(
+                f"{field} was {_value(theirs, field)} and is {_value(mine, field)} now" for field in changed
+            )
             raise ConfigError(
-                f"{run_dir} holds a run with another config: {', '.join(changed)} differ(s); resume with the same "
-                f"values, or choose another --out"
+                f"{run_dir} holds a run with another config: {told}; resume with the old values, or take another --out"
             )
     if checkpoint is not None and checkpoint.state.get("weights_only") and not finished(checkpoint, config):
         raise CheckpointError(
@@ -285,6 +287,15 @@ def open_run(config: RunConfig, run_dir: Path, resume: str, accelerator: Acceler
     if main:
         write_whole(run_dir / CONFIG, to_yaml(config))
     return checkpoint
+
+
+def _value(tree: Any, field: str) -> str:
+    """Return the value of a dotted field as text; `absent` where this config has no such field."""
+    for name in field.split("."):
+        if not isinstance(tree, Mapping) or name not in tree:
+            return "absent"
+        tree = tree[name]
+    return repr(tree)
 
 
 def build_run(config: RunConfig, run_dir: Path, accelerator: Accelerator, progress: bool) -> Run:
