@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import tyro
+from mmdit_eval.readme import markers, rewrite
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -47,7 +48,7 @@ from mmdit.train.trainer import train
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "results" / "benchmarks" / "data.json"
 PAGE = ROOT / "docs" / "scaling.md"
-MARKS = ("<!-- feeding: written by benchmarks/data.py --table -->", "<!-- end of feeding -->")
+MARKS = markers("feeding")
 WIDTH, HEIGHT, QUALITY = 640, 480, 90
 SUBJECTS = ("a lighthouse", "two bicycles", "an old map", "a bowl of cherries", "a heron", "rain on a window")
 
@@ -298,11 +299,7 @@ def write_report(page: Path, stored: dict[str, Any]) -> None:
     Raises:
         ValueError: the markers are not there.
     """
-    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (begin and end):
-        raise ValueError(f"{page} has no markers {MARKS[0]} and {MARKS[1]}")
-    page.write_text(f"{before}{begin}\n{report(stored)}\n{end}{after}", encoding="utf-8")
+    page.write_text(rewrite(page.read_text(encoding="utf-8"), report(stored), "feeding"), encoding="utf-8")
 
 
 def main(

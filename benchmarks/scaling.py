@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from mmdit_eval.readme import rewrite
 
 from mmdit.config import RunConfig, TrainConfig, model_config, resolve, to_yaml
 from mmdit.models import build_denoiser
@@ -222,10 +222,7 @@ def write_tables(page: Path, stored: dict[str, Any]) -> None:
     """
     text = page.read_text(encoding="utf-8")
     for name, table in tables(stored).items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"{page} has no markers <!-- {name} --> and <!-- /{name} -->")
-        text = pattern.sub(lambda found, table=table: found[1] + table + "\n" + found[2], text)
+        text = rewrite(text, table, name)
     page.write_text(text, encoding="utf-8")
 
 

@@ -210,14 +210,19 @@ def _costs(row: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
+def markers(name: str) -> tuple[str, str]:
+    """Return the lines between which a command writes the block of that name into a page."""
+    return f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+
+
 def rewrite(text: str, block: str, name: str = "results") -> str:
     """Return a page's text with the block between its markers `<!-- name:start -->` and `<!-- name:end -->` replaced.
 
     Raises:
         ValueError: a marker is missing or stands twice.
     """
-    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    start, end = markers(name)
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise ValueError(f"the page needs {start} and after it {end}, once each")
+        raise ValueError(f"the page has no markers {start} and after it {end}, once each")
     before, rest = text.split(start)
     return f"{before}{start}\n{block}\n{end}{rest.split(end)[1]}"
