@@ -10,27 +10,11 @@ import yaml
 from mmdit_eval import executor, judging
 from mmdit_eval.study import StudyInterrupted, run_study
 
-from mmdit.config import load_config, to_tree
-from mmdit.train.trainer import train
+from mmdit.config import to_tree
+from tests.studies import stand_ins
+from tests.studies.stand_ins import Ended, silent
 
 REAL = executor.start
-
-
-def silent(text):
-    pass
-
-
-class Ended:
-    """What stands for a process that has run."""
-
-    def __init__(self, code):
-        self.code = code
-
-    def poll(self):
-        return self.code
-
-    def send_signal(self, number):
-        pass
 
 
 def instead(monkeypatch, judge):
@@ -39,7 +23,7 @@ def instead(monkeypatch, judge):
     def start(command, environment):
         if command[2] == "mmdit.train":
             if "--cache-only" not in command:
-                train(load_config(command[3]), command[5], progress=False)
+                stand_ins.in_process(command)
             return Ended(0)
         assert command[1:3] == ["-m", "mmdit_eval.judging"]
         return REAL(command, environment) if judge is None else Ended(judge(command[3], command[4:]))

@@ -9,8 +9,8 @@ from mmdit_eval.plan import make_plan
 from mmdit_eval.study import run_study
 from PIL import Image
 
-from mmdit.config import ConfigError, SuiteConfig, load_config, load_study, to_tree
-from mmdit.train.trainer import train
+from mmdit.config import ConfigError, SuiteConfig, load_study, to_tree
+from tests.studies.stand_ins import Ended, in_process
 
 
 @pytest.fixture
@@ -50,15 +50,7 @@ def test_a_study_of_own_pictures_runs_with_a_suite_that_names_neither_metrics_no
 ):
     from mmdit_eval import executor
 
-    class Ended:
-        def poll(self):
-            return 0
-
-    def in_process(command, environment):
-        train(load_config(command[3]), command[5], progress=False)
-        return Ended()
-
-    monkeypatch.setattr(executor, "start", in_process)
+    monkeypatch.setattr(executor, "start", lambda command, environment: Ended(in_process(command)))
     said = []
     assert run_study(study_file, out=tmp_path / "runs", say=said.append) == 0
     assert any("judging: 6 seen pictures" in text for text in said)

@@ -13,22 +13,10 @@ from mmdit_eval.power import seeds_needed
 from mmdit_eval.slurm import run_jobs, submit
 from mmdit_eval.study import run_study
 
-from mmdit.config import ConfigError, SlurmConfig, load_config, to_tree
+from mmdit.config import ConfigError, SlurmConfig, to_tree
 from mmdit.train.optim import lr_at
 from mmdit.train.trainer import train
-
-
-class Ended:
-    def __init__(self, code):
-        self.code = code
-
-    def poll(self):
-        return self.code
-
-
-def in_process(command):
-    train(load_config(command[3]), command[5], progress=False)
-    return 0
+from tests.studies.stand_ins import Ended, in_process
 
 
 @pytest.fixture

@@ -16,36 +16,14 @@ from mmdit_eval.executor import EXIT_INTERRUPTED, run_queue
 from mmdit_eval.study import StudyInterrupted, run_study
 
 from mmdit.config import ConfigError, load_config, to_tree
+from tests.studies.stand_ins import Ended, in_process, silent
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def silent(text):
-    pass
-
-
-class Ended:
-    """What stands for a process that has run."""
-
-    def __init__(self, code):
-        self.code = code
-
-    def poll(self):
-        return self.code
 
 
 def instead(monkeypatch, run):
     """Have cells run by `run(command)` -> exit code instead of by processes."""
     monkeypatch.setattr(executor, "start", lambda command, environment: Ended(run(command)))
-
-
-def in_process(command):
-    """Train without a process of its own: what `python -m mmdit.train CONFIG --out DIR` does."""
-    from mmdit.train.trainer import train
-
-    assert command[1:3] == ["-m", "mmdit.train"]
-    train(load_config(command[3]), command[5], progress=False)
-    return 0
 
 
 @pytest.fixture
