@@ -21,6 +21,7 @@ from mmdit.checkpoint import (
     Checkpoint,
     CheckpointError,
     latest_checkpoint,
+    list_checkpoints,
     prune_checkpoints,
     save_checkpoint,
     tensors_of,
@@ -260,8 +261,6 @@ def _folder(run: Run, images_seen: int | None = None) -> Path:
 
 def _newest_folder(run: Run) -> Path | None:
     """The newest checkpoint, unverified: only its size is asked for."""
-    from mmdit.checkpoint import list_checkpoints
-
     found = list_checkpoints(run.run_dir)
     return found[-1] if found else None
 
