@@ -1,11 +1,13 @@
 """Time distances between sets against their peers: torch-fidelity, torchmetrics, and pytorch-fid's formula.
 
 All contestants run in one process and take turns, round by round, so that a busy machine slows all of them alike:
-trust the ratios. They are ratios of processor time, which other programs lengthen by what they take of the caches
-alone; on a machine that is free it is the time that passes. The error of each is taken to a slow reference of
-orthogonal factors and singular values; memory is what a fresh child of the process needs above what it began with.
+trust the ratios. On one thread they are ratios of processor time, which other programs lengthen by what they take of
+the caches alone; on several they are ratios of the time that passes, for a thread that waits spends processor time too,
+and nothing else should run. The error of each is taken to a slow reference of orthogonal factors and singular values;
+memory is what a fresh child of the process needs above what it began with.
 
     OMP_NUM_THREADS=1 python benchmarks/distances.py --out results/benchmarks/distances.json
+    OMP_NUM_THREADS=2 python benchmarks/distances.py --only Fréchet --out results/benchmarks/distances.json
     python benchmarks/distances.py --table                                 # writes the table of docs/metrics.md anew
 """
 
@@ -196,11 +198,13 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
             if turn:
                 seconds[name].append(time.process_time() - begun)
                 passed[name].append(time.perf_counter() - clock)
-    medians = {name: statistics.median(spent) for name, spent in seconds.items()}
+    several = torch.get_num_threads() > 1
+    medians = {name: statistics.median(spent) for name, spent in (passed if several else seconds).items()}
     first = next(iter(medians.values()))
     return [
         {
             "job": contest.job,
+            "threads": torch.get_num_threads(),
             "implementation": name,
             "processor_seconds": seconds[name],
             "seconds": passed[name],
@@ -256,8 +260,8 @@ def main(
         for row in run(contests[job](), rounds):
             rows.append({**row, "load_average_before": load})
             cells = (
-                f"{statistics.median(row['processor_seconds']):.3f}",
-                f"{min(row['processor_seconds']):.3f}",
+                f"{statistics.median(clocked(row)):.3f}",
+                f"{min(clocked(row)):.3f}",
                 f"{row['speed_up']:.2f}",
                 f"{row['relative_error']:.0e}",
                 "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
@@ -268,26 +272,33 @@ def main(
         write(out, rows, rounds, list(contests))
 
 
+def clocked(row: dict[str, Any]) -> list[float]:
+    """The seconds of each turn, by the clock that the number of threads asks for."""
+    return row["seconds"] if row["threads"] > 1 else row["processor_seconds"]
+
+
 def write(out: Path, rows: list[dict[str, Any]], rounds: int, jobs: list[str]) -> None:
-    """Write rows, each with the commit it was measured at; rows of jobs that did not run now stay."""
-    stamp = {**describe_environment(), "threads": torch.get_num_threads()}
+    """Write rows, each with the commit it was measured at; rows of what did not run now stay."""
+    stamp = describe_environment()
     rows = [{**row, "rounds": rounds, "commit": stamp["commit"]} for row in rows]
-    ran = {row["job"] for row in rows}
+    ran = {(row["job"], row["threads"]) for row in rows}
     if out.is_file():
-        rows += [row for row in json.loads(out.read_text())["rows"] if row["job"] not in ran and row["job"] in jobs]
-    rows.sort(key=lambda row: jobs.index(row["job"]))
+        stored = json.loads(out.read_text())["rows"]
+        rows += [row for row in stored if (row["job"], row["threads"]) not in ran and row["job"] in jobs]
+    rows.sort(key=lambda row: (jobs.index(row["job"]), row["threads"]))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"environment": stamp, "rows": rows}, indent=1) + "\n")
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the table of docs/metrics.md."""
-    lines = ["| job | who | seconds | times the first | relative error | peak MiB |", "|---|---|---:|---:|---:|---:|"]
+    heads = "job", "threads", "who", "seconds", "times the first", "relative error", "peak MiB"
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---|---:|---:|---:|---:|"]
     for row in result["rows"]:
-        seconds = f"{statistics.median(row['processor_seconds']):.2f}"
+        seconds = f"{statistics.median(clocked(row)):.2f}"
         memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         error = "" if row["relative_error"] is None else f"{row['relative_error']:.0e}"
-        cells = row["job"], row["implementation"], seconds, f"{row['speed_up']:.2f}", error, memory
+        cells = row["job"], str(row["threads"]), row["implementation"], seconds, f"{row['speed_up']:.2f}", error, memory
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
