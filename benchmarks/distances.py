@@ -4,7 +4,8 @@ All contestants run in one process and take turns, round by round, so that a bus
 trust the ratios. On one thread they are ratios of processor time, which other programs lengthen by what they take of
 the caches alone; on several they are ratios of the time that passes, for a thread that waits spends processor time too,
 and nothing else should run. The error of each is taken to a slow reference of orthogonal factors and singular values;
-memory is what a fresh child of the process needs above what it began with.
+memory is what a fresh child of the process needs above what it began with, told on one thread alone: a child of a
+process of several has none of them and would wait for them for ever.
 
     OMP_NUM_THREADS=1 python benchmarks/distances.py --out results/benchmarks/distances.json
     OMP_NUM_THREADS=2 python benchmarks/distances.py --only Fréchet --out results/benchmarks/distances.json
@@ -161,8 +162,8 @@ def neighbours_contest(n: int, d: int) -> Contest:
 
 
 def peak_memory(call: Call) -> float | None:
-    """MiB that a child of this process needs for the call above what it began with (Linux)."""
-    if not Path("/proc/self/clear_refs").exists():
+    """MiB that a child of this process needs for the call above what it began with (Linux, one thread)."""
+    if not Path("/proc/self/clear_refs").exists() or torch.get_num_threads() > 1:
         return None
     gc.collect()
     read, write = os.pipe()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
+from scipy.linalg.blas import ddot
 
 from mmdit_eval.moments import FloatArray, Moments, check_eigenvalues
 
@@ -72,7 +73,7 @@ def _factor_of_rows(rows: FloatArray, mean: FloatArray) -> Factor:
         total = vectors.sum(0)
         return np.sqrt(n - 1) * np.vstack([total / np.sqrt(n), vectors - total / (n - np.sqrt(n))])
 
-    return Factor(matrix, float(np.vdot(matrix, matrix)), coordinates=coordinates)
+    return Factor(matrix, float(ddot(matrix.ravel(), matrix.ravel())), coordinates=coordinates)
 
 
 def factor_of_covariance(cov: FloatArray, count_known: bool = True) -> Factor:

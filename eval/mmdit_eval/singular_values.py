@@ -11,6 +11,9 @@ Three roads, tried in this order:
 Trust needs no second computation. The determinant is known from the triangular factors' diagonals, and small
 eigenvalues, where the error sits, move it most: how far their product misses it tells how far the sum is off.
 
+Products are SciPy's, as the factorisations are: NumPy's wheels bring a second BLAS whose threads, after a product, spin
+on the cores that the next step wants.
+
 Source: Barlow and Demmel 1990, "Computing accurate eigensystems of scaled diagonally dominant matrices", for graded
 matrices; Higham 2000, "QR factorization with complete pivoting and accurate computation of the SVD", for the QR step.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.linalg
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 
 from mmdit_eval.factors import EPSILON, Factor
 from mmdit_eval.moments import FloatArray, transposed
@@ -34,7 +37,7 @@ def sum_of_singular_values(a: Factor, b: Factor) -> float:
         eigenvalues = _reduced_eigenvalues(a.matrix, b.covariance)
         if (roots := trusted(eigenvalues, _log_determinant(a.matrix, b.matrix), _allowed(a, b))) is not None:
             return float(roots.sum())
-    return _sum_of(a.matrix @ b.matrix.T, a, b)
+    return _sum_of(_product(a, b), a, b)
 
 
 def _sum_of(product: FloatArray, a: Factor, b: Factor) -> float:
@@ -57,7 +60,7 @@ def singular_vectors(a: Factor, b: Factor) -> tuple[FloatArray, FloatArray, Floa
     if len(a.matrix) > len(b.matrix):
         right, roots, left, total = singular_vectors(b, a)
         return left, roots, right, total
-    product = a.matrix @ b.matrix.T
+    product = _product(a, b)
     if not _wide(a, b):
         left, roots, rows = np.linalg.svd(product, full_matrices=False)
         return left, roots, rows.T, float(roots.sum())
@@ -86,6 +89,14 @@ def trusted(eigenvalues: FloatArray, known: float, allowed: float) -> FloatArray
     # one error e for every eigenvalue v, of random sign: drift² = sum (e / v)², error of the sum² = sum e² / 4v
     error = drift * np.sqrt(eigenvalues[0] * inverse.sum() / (inverse**2).sum()) / 2.0
     return None if drift > 0.5 or 10.0 * error > allowed else np.sqrt(eigenvalues)
+
+
+def _product(a: Factor, b: Factor) -> FloatArray:
+    """F_a F_bᵀ, [r, s]; as a transpose, whose layout BLAS reads without a copy."""
+    if not (len(a.matrix) and len(b.matrix)):
+        return np.zeros((len(a.matrix), len(b.matrix)))
+    product: FloatArray = blas.dgemm(1.0, b.matrix.T, a.matrix.T, trans_a=True)
+    return product.T
 
 
 def _wide(a: Factor, b: Factor) -> bool:
