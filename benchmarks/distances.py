@@ -3,7 +3,8 @@
 All contestants run in one process and take turns, round by round, so that a busy machine slows all of them alike:
 trust the ratios. On one thread they are ratios of processor time, which other programs lengthen by what they take of
 the caches alone; on several they are ratios of the time that passes, for a thread that waits spends processor time too,
-and nothing else should run. The error of each is taken to a slow reference of orthogonal factors and singular values;
+and nothing else should run. Memory once taken is kept between turns: a virtual machine may give pages that a process
+frees back to its host, and fetching them anew, turn by turn, took a third of the arithmetic's time. The error of each is taken to a slow reference of orthogonal factors and singular values;
 memory is what a fresh child of the process needs above what it began with, told on one thread alone: a child of a
 process of several has none of them and would wait for them for ever.
 
@@ -14,6 +15,7 @@ process of several has none of them and would wait for them for ever.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -161,6 +163,17 @@ def neighbours_contest(n: int, d: int) -> Contest:
     return Contest(f"precision and recall, {n} x {d}", calls, fidelity())
 
 
+def keep_memory(kept: bool) -> None:
+    """Tell the allocator to keep what is freed, or to give it back at once (glibc; elsewhere nothing changes)."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is None:
+        return
+    most_mapped, trim_above = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    mallopt(most_mapped, 0 if kept else 65_536)
+    mallopt(trim_above, 2**31 - 1 if kept else 0)
+    if not kept:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_memory(call: Call) -> float | None:
     """MiB that a child of this process needs for the call above what it began with (Linux, one thread)."""
     if not Path("/proc/self/clear_refs").exists() or torch.get_num_threads() > 1:
@@ -169,6 +182,7 @@ def peak_memory(call: Call) -> float | None:
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         try:
+            keep_memory(False)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             start = _status("VmRSS")
             call()
@@ -243,6 +257,7 @@ def main(
         text = rewrite(PAGE.read_text("utf-8"), markdown(json.loads(STORED.read_text("utf-8"))), "distances")
         PAGE.write_text(text, encoding="utf-8")
         return
+    keep_memory(True)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     shown = Table("job", "implementation", "s", "best s", "x first", "rel. error", "peak MiB")
     contests: dict[str, Callable[[], Contest]] = {
