@@ -4,12 +4,13 @@ All contestants run in one process and take turns, round by round, so that a bus
 trust the ratios. On one thread they are ratios of processor time, which other programs lengthen by what they take of
 the caches alone; on several they are ratios of the time that passes, for a thread that waits spends processor time too,
 and nothing else should run. Memory once taken is kept between turns: a virtual machine may give pages that a process
-frees back to its host, and fetching them anew, turn by turn, took a third of the arithmetic's time. The error of each is taken to a slow reference of orthogonal factors and singular values;
-memory is what a fresh child of the process needs above what it began with, told on one thread alone: a child of a
-process of several has none of them and would wait for them for ever.
+frees back to its host, and fetching them anew, turn by turn, took a third of the arithmetic's time. The error of each
+is taken to a slow reference of orthogonal factors and singular values; memory is what a fresh child of the process
+needs above what it began with, told on one thread alone: a child of a process of several has none of them and would
+wait for them for ever.
 
     OMP_NUM_THREADS=1 python benchmarks/distances.py --out results/benchmarks/distances.json
-    OMP_NUM_THREADS=2 python benchmarks/distances.py --only Fréchet --out results/benchmarks/distances.json
+    OMP_NUM_THREADS=2 python benchmarks/distances.py --only Fréchet --no-slow --rounds 5 --out results/benchmarks/distances.json
     python benchmarks/distances.py --table                                 # writes the table of docs/metrics.md anew
 """
 
