@@ -10,7 +10,7 @@ needs above what it began with, told on one thread alone: a child of a process o
 wait for them for ever.
 
     OMP_NUM_THREADS=1 python benchmarks/distances.py --out results/benchmarks/distances.json
-    OMP_NUM_THREADS=2 python benchmarks/distances.py --only Fréchet --no-slow --rounds 5 --out results/benchmarks/distances.json
+    OMP_NUM_THREADS=2 python benchmarks/distances.py --only Fréchet --no-slow --rounds 5 --out (the same)
     python benchmarks/distances.py --table                                 # writes the table of docs/metrics.md anew
 """
 
