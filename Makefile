@@ -34,7 +34,7 @@ quickstart: $(VENV)/.core
 	$(BIN)/python scripts/ablate.py configs/studies/quickstart.yaml
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
