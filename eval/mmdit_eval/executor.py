@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from mmdit.stopping import handled
+
 EXIT_INTERRUPTED = 75  # a training process that saved and wants the same command again
-EXITS_UNBEGUN = (130, -signal.SIGINT)  # interrupted before there was anything to save, or while it was starting
+# interrupted before there was anything to save, or while it was starting
+EXITS_UNBEGUN = (130, -signal.SIGINT, -signal.SIGHUP)
 
 
 def run_queue(
@@ -57,7 +59,7 @@ def run_queue(
                 if interrupted and not stopped:
                     print("\nstopping: what is being trained saves its state ...", flush=True)
                     stopped = True
-                    ask_to_stop(running)
+                    ask_to_stop(running, signal.SIGHUP if signal.SIGHUP in interrupted else signal.SIGINT)
                 for name, process in list(running.items()):
                     code = process.poll()
                     if code is None:
@@ -77,20 +79,11 @@ def run_queue(
 
 @contextmanager
 def _interruptions() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM instead of raising: amid the start of a process that would leave one nobody knows of."""
+    """Note signals instead of raising: amid the start of a process that would leave one nobody knows of."""
     noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield noted
-        return
     # what a shell starts in the background ignores SIGINT, and goes on ignoring it
-    before = {n: h for n in (signal.SIGINT, signal.SIGTERM) if (h := signal.getsignal(n)) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, lambda got, frame: noted.append(got))
-    try:
+    with handled(noted.append, *(n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN)):
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> Any:
@@ -102,10 +95,10 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> Any:
     return subprocess.Popen(command, start_new_session=True, env=dict(environment))
 
 
-def ask_to_stop(running: Mapping[str, Any]) -> None:
-    """Send SIGINT to each process, once."""
+def ask_to_stop(running: Mapping[str, Any], number: int = signal.SIGINT) -> None:
+    """Send the signal to each process, once: SIGHUP where the terminal is gone to which they print, too."""
     for process in running.values():
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
 
 
 def describe_exit(code: int) -> str:

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mmdit.config import (
     Cells,
@@ -28,6 +27,7 @@ from mmdit.config import (
     to_tree,
     to_yaml,
 )
+from mmdit.stopping import handled
 from mmdit_eval import executor
 from mmdit_eval.book import Book, cell_name, check_book
 from mmdit_eval.judging import judge
@@ -227,21 +227,15 @@ def finished(run_dir: Path, config: RunConfig) -> bool:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, and name a KeyboardInterrupt."""
+    """Treat SIGTERM and a closed terminal like Ctrl-C, and name a KeyboardInterrupt."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int) -> None:
         raise KeyboardInterrupt
 
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        previous = None
-    try:
-        yield
-    except StudyInterrupted:
-        raise
-    except KeyboardInterrupt:
-        raise StudyInterrupted("stopped between two cells or while judging") from None
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+    with handled(stop, signal.SIGTERM):
+        try:
+            yield
+        except StudyInterrupted:
+            raise
+        except KeyboardInterrupt:
+            raise StudyInterrupted("stopped between two cells or while judging") from None

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mmdit.config import ConfigError, RunConfig, load_config
+from mmdit.stopping import handled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came before training could be asked to stop (or after it)."""
+    """SIGTERM or SIGHUP came before training could be asked to stop (or after it)."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -75,28 +76,23 @@ def main(words: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 done, 1 diverged, 2 wrong config, 3 the run folder or a checkpoint cannot be written or read,
-        4 out of memory, 75 run the same command again (a signal: saved, or SIGTERM before the first update),
+        4 out of memory, 75 run the same command again (a signal: saved, or before the first update),
         130 interrupted by hand before there was anything to save.
     """
 
-    def terminate(number: int, frame: object) -> None:
+    def terminate(number: int) -> None:
         raise Terminated
 
-    try:
-        previous = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        return _run(words)
-    try:
-        return _run(words)
-    except Terminated:
-        print("\nterminated before the first update; run the same command again", file=sys.stderr)
-        return 75
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    with handled(terminate, signal.SIGTERM):
+        try:
+            return _run(words)
+        except Terminated:
+            print("\nterminated before the first update; run the same command again", file=sys.stderr)
+            return 75
 
 
 def _run(words: Sequence[str] | None) -> int:
-    """Run the command line; SIGTERM raises `Terminated` while no update can be saved."""
+    """Run the command line; SIGTERM and SIGHUP raise `Terminated` while no update can be saved."""
     own, overrides = split_overrides(sys.argv[1:] if words is None else words)
     arguments = tyro.cli(Arguments, args=own, prog="train")
     if arguments.cache is not None:

@@ -40,6 +40,7 @@ from mmdit.config import ConfigError, RunConfig, TrainConfig, differences, to_tr
 from mmdit.diffusion import build_schedule
 from mmdit.models import build_denoiser
 from mmdit.pipeline import configure_cpu
+from mmdit.stopping import SIGHUP, handled
 from mmdit.train.ema import EMAs
 from mmdit.train.memory import first_line, memory_told
 from mmdit.train.optim import build_optimizer, lr_at, set_lr
@@ -87,7 +88,7 @@ def train(config: RunConfig, run_dir: str | Path, resume: str = "auto", progress
         progress: show bars.
 
     Returns:
-        Result; `complete` is False where SIGINT or SIGTERM ended the session (its checkpoint is written).
+        Result; `complete` is False where SIGINT, SIGTERM or SIGHUP ended the session (its checkpoint is written).
 
     Raises:
         ConfigError: the folder belongs to a run with another config, or the number of processes is not the config's.
@@ -402,16 +403,16 @@ def _too_large_to_start(run_dir: Path, error: BaseException) -> str:
 
 @contextmanager
 def interruptible(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Catch SIGINT and SIGTERM: the first is remembered and polled, a second one obeys at once.
+    """Catch SIGINT, SIGTERM and SIGHUP: the first is remembered and polled, a second one obeys at once.
 
     Yields:
         should_stop(): True once any process has been asked to stop; all processes get the same answer.
     """
     asked = False
 
-    def handle(number: int, frame: Any) -> None:
+    def ask(number: int) -> None:
         nonlocal asked
-        if asked:
+        if asked and number != SIGHUP:  # which follows a SIGTERM where a machine is shut down
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         asked = True
@@ -423,12 +424,5 @@ def interruptible(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
         flag = torch.tensor(float(asked), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum") > 0)
 
-    try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        previous = {}
-    try:
+    with handled(ask, signal.SIGINT, signal.SIGTERM):
         yield should_stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

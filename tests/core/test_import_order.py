@@ -16,6 +16,7 @@ ROOMS = {
     "registry": set(),
     "rng": set(),
     "untrusted": set(),
+    "stopping": set(),
     "config": {"registry", "presets", "rng", "untrusted"},
     "denoiser": {"config", "registry", "rng"},
     "models": {"config", "registry", "rng", "denoiser"},

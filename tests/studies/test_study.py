@@ -235,9 +235,11 @@ def test_a_mistake_on_the_command_line_costs_neither_time_nor_a_traceback(argume
 CHILD = """
 import signal, sys, time, pathlib
 note = pathlib.Path(sys.argv[1])
-def stop(*_):
-    time.sleep(0.3); note.write_text(note.read_text() + 'saved '); sys.exit(75)
+def stop(number, _):
+    told = 'hung up, ' if number == signal.SIGHUP else ''
+    time.sleep(0.3); note.write_text(note.read_text() + told + 'saved '); sys.exit(75)
 signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGHUP, stop)
 note.write_text('ready ')
 time.sleep(20)
 """
@@ -271,10 +273,13 @@ def test_an_interruption_is_passed_on_once_to_all_that_run_and_waited_for(tmp_pa
     assert not notes["third"].exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_amid_a_start_leaves_no_process_that_nobody_knows_of(tmp_path, monkeypatch, heard, number):
     from mmdit_eval import executor
 
+    from mmdit import stopping
+
+    monkeypatch.setattr(stopping, "let_go_of_terminal", lambda: None)  # pytest's
     note, begin, before = tmp_path / "note", executor.start, signal.getsignal(number)
 
     def start(command, environment):
@@ -290,7 +295,8 @@ def test_an_interruption_amid_a_start_leaves_no_process_that_nobody_knows_of(tmp
         run_queue({"one": [sys.executable, "-c", CHILD, str(note)]}, 1, lambda name: None, codes.__setitem__) is False
     )
     assert codes == {"one": 75}
-    assert note.read_text() == "ready saved "
+    # a closed terminal is theirs too: they must know not to print there
+    assert note.read_text() == ("ready hung up, saved " if number == signal.SIGHUP else "ready saved ")
     assert signal.getsignal(number) is before
 
 

@@ -1,0 +1,54 @@
+"""The signals that ask a long run to save and end: Ctrl-C, SIGTERM, and SIGHUP where its terminal is closed.
+
+What is printed to a terminal that is gone raises an error in whoever prints, so a SIGHUP first sends it nowhere. Kernel
+and shell may both send one: two are still one wish. Under nohup SIGHUP stays ignored.
+"""
+
+import os
+import signal
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SIGHUP = getattr(signal, "SIGHUP", None)  # systems without terminals of this kind have none
+
+
+@contextmanager
+def handled(act: Callable[[int], None], *numbers: int) -> Iterator[None]:
+    """Within, call act(number) where one of these signals comes, or SIGHUP, once, unless it is ignored.
+
+    In another thread than the main one nothing changes: whoever runs us there handles signals.
+    """
+
+    def handle(number: int, frame: object) -> None:
+        if number == SIGHUP:
+            signal.signal(number, signal.SIG_IGN)
+            let_go_of_terminal()
+        act(number)
+
+    wanted = set(numbers)
+    if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
+        wanted.add(SIGHUP)
+    previous = {}
+    try:
+        for number in wanted:
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread
+        previous = {}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def let_go_of_terminal() -> None:
+    """Send what is printed from now on nowhere, where it went to a terminal."""
+    with open(os.devnull, "wb") as nowhere:
+        for descriptor in (1, 2):
+            try:
+                terminal = stat.S_ISCHR(os.fstat(descriptor).st_mode)  # of a closed one, isatty says no
+            except OSError:
+                continue
+            if terminal:
+                os.dup2(nowhere.fileno(), descriptor)
