@@ -21,6 +21,7 @@ from mmdit.config import (
     ShardsConfig,
     StudyConfig,
     SuiteConfig,
+    TrainConfig,
     confounded_rows,
     reference_row,
     row_configs,
@@ -207,9 +208,25 @@ def disk_bytes(plan: Plan, row: str, pruned: bool = False) -> int:
     """
     if plan.trained_as[row] != row:
         return 0
-    train = plan.first(row).train
-    kept = train.images // train.keep_every if train.keep_every and not train.seconds else 0
-    return (1 if pruned else 4) * 4 * plan.costs[row].parameters * (train.keep_checkpoints + kept)
+    return (1 if pruned else 4) * 4 * plan.costs[row].parameters * checkpoints_kept(plan.first(row).train)
+
+
+def checkpoints_kept(train: TrainConfig) -> int:
+    """Return how many checkpoints a finished run keeps: the newest few, and those at multiples of `keep_every`."""
+    if train.seconds:
+        return train.keep_checkpoints  # nobody knows how many images it will see
+    batches = train.images // train.batch_size
+
+    def at_multiples(every: int, last: int | None = None) -> set[int]:
+        """Batches that reach a multiple of `every` images, of all multiples or the last so many."""
+        count = batches * train.batch_size // every if every else 0
+        begin = 0 if last is None else max(0, count - last)
+        return {-(-every * (i + 1) // train.batch_size) for i in range(begin, count)}
+
+    newest = {batches}.union(
+        *(at_multiples(n, train.keep_checkpoints) for n in (train.checkpoint_every, train.keep_every))
+    )
+    return len(at_multiples(train.keep_every).union(sorted(newest)[-train.keep_checkpoints :]))
 
 
 def cell_seconds(plan: Plan, row: str, rate: float | None = None) -> float:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from mmdit_eval.book import FORMAT, read_book
 from mmdit_eval.cost import drawing_cost
-from mmdit_eval.plan import STATED_RATE, cell_seconds, disk_bytes, make_plan
+from mmdit_eval.plan import STATED_RATE, cell_seconds, checkpoints_kept, disk_bytes, make_plan
 from mmdit_eval.study import run_study
 
 from mmdit.config import (
@@ -209,3 +209,17 @@ def test_overrides_of_the_command_line_reach_new_fields(write):
     study = load(write(), "--claims.scores", "[relation]", "--budget.amount", "64")
     assert study.claims.scores == ("relation",)
     assert merge({}, parse_overrides(["--slurm.gpus", "0"])) == {"slurm": {"gpus": 0}}
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "keep_every"),
+    [(16, 1, 16), (16, 2, 0), (24, 3, 12), (0, 2, 20), (0, 1, 0), (8, 2, 48), (8, 9, 8)],
+)
+def test_as_many_checkpoints_are_counted_as_a_run_keeps(micro, tmp_path, every, keep, keep_every):
+    from mmdit.checkpoint import list_checkpoints
+    from mmdit.train.trainer import train
+
+    kept = {"checkpoint_every": every, "keep_checkpoints": keep, "keep_every": keep_every}
+    config = micro({"train": {"images": 44, "batch_size": 4, "val_images": 1, **kept}})
+    train(config, tmp_path, progress=False)
+    assert checkpoints_kept(config.train) == len(list_checkpoints(tmp_path))
