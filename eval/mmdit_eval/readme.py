@@ -62,13 +62,16 @@ def store_study(folder: str | Path, results: str | Path) -> Path:
 
 
 def results_block(results: str | Path) -> str:
-    """Return the Markdown between the markers: one picture, then one table a study, in alphabetical order."""
-    files = sorted(Path(results).glob("*/summary.json"))
+    """Return the Markdown between the markers: one picture, then one table a study.
+
+    Studies whose claims were tested over seeds come first, each kind in alphabetical order; the picture is the first's.
+    """
+    summaries = {file: json.loads(file.read_text("utf-8")) for file in sorted(Path(results).glob("*/summary.json"))}
+    files = sorted(summaries, key=lambda file: not _tested(summaries[file]))
     pictures = [picture for file in files if (picture := file.parent / "grid-heldout.png").is_file()]
     words = "Held-out combinations: true, through the VAE, and as each row drew them from the same prompts and noise"
     parts = [f"![{words}]({picture.as_posix()})" for picture in pictures[:1]]
-    for file in files:
-        parts.append(study_block(json.loads(file.read_text(encoding="utf-8")), file.parent))
+    parts += [study_block(summaries[file], file.parent) for file in files]
     return "\n\n".join(parts) if parts else "No study has been stored under `results/` yet."
 
 
@@ -78,7 +81,7 @@ def study_block(summary: Mapping[str, Any], folder: Path) -> str:
     A study whose claims were tested over seeds shows the splits that were claimed; one without tests shows all.
     """
     scores, rows = summary["scores"], summary["rows"]
-    tested = [claim for claim in summary.get("claims", ()) if claim["p"] is not None]
+    tested = _tested(summary)
     known = {name for splits in scores.values() for split in splits.values() for name in split}
     claimed = {claim["score"] for claim in tested}
     wanted = [name for name in SCORES if name in claimed | set(_BESIDE)] if tested else _CHOSEN
@@ -108,15 +111,18 @@ def study_block(summary: Mapping[str, Any], folder: Path) -> str:
     return "\n".join(lines).rstrip()
 
 
+def _tested(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [claim for claim in summary.get("claims", ()) if claim["p"] is not None]
+
+
 # --- what was found, in words -------------------------------------------------------------------------------------
 
 
 def found_sentences(summary: Mapping[str, Any]) -> list[str]:
     """Say what became of the claims that were tested over seeds: one sentence for each score, split and reference."""
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for claim in summary.get("claims", ()):
-        if claim["p"] is not None:
-            groups.setdefault((claim["score"], claim["split"], claim["second"]), []).append(claim)
+    for claim in _tested(summary):
+        groups.setdefault((claim["score"], claim["split"], claim["second"]), []).append(claim)
     names = summary.get("split_names", SPLITS)
     return [_group_in_words(key, claims, names[key[1]]) for key, claims in groups.items()]
 

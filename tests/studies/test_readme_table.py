@@ -113,6 +113,16 @@ def test_one_picture_stands_above_the_tables(tmp_path):
     assert f"({(tmp_path / 'first' / 'grid-heldout.png').as_posix()})" in block
 
 
+def test_a_study_tested_over_seeds_comes_before_those_that_rank_nothing(tmp_path):
+    for name, found in (("emoji", summary()), ("which", decided())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({**found, "study": name}))
+        (tmp_path / name / "grid-heldout.png").write_bytes(b"png")
+    block = results_block(tmp_path)
+    assert block.index("**[which]") < block.index("**[emoji]")
+    assert f"({(tmp_path / 'which' / 'grid-heldout.png').as_posix()})" in block
+
+
 def test_only_what_stands_between_the_markers_changes_and_twice_changes_nothing():
     text = f"before\n{START}\nold\n{END}\nafter\n"
     once = rewrite(text, "new")
