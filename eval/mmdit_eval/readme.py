@@ -26,7 +26,7 @@ def store_study(folder: str | Path, results: str | Path) -> Path:
     """Copy what a study found to `results`/<its name>, replacing what was there, and return that folder.
 
     Everything the report is made from is copied, so that `ablate.py --report-only` works there too; weights, caches
-    and the pictures of earlier checkpoints are not.
+    and pictures that it does not show, of earlier checkpoints and of other seeds than a row's first, are not.
 
     Raises:
         FileNotFoundError: the folder holds no finished study.
@@ -48,10 +48,13 @@ def store_study(folder: str | Path, results: str | Path) -> Path:
     top = ("summary.json", "study.json", "ceiling.json", "ceiling/*.png", "report.html", "table.*", "*.png")
     of_a_cell = ("attention.json", "config.yaml", "metrics.jsonl", "environment.json", "eval/*.json")
     patterns = [*top, *(f"*/{name}" for name in of_a_cell)]
-    suite = json.loads((folder / "study.json").read_text(encoding="utf-8"))["study"]["suite"]["name"]
-    for cell in summary["cells"]:
+    book = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    suite, drawn = book["study"]["suite"]["name"], set()
+    for cell, entry in book["cells"].items():
         final = max((path.stem for path in (folder / cell / "eval").glob(f"{suite}-{'[0-9]' * 12}.json")), default=None)
-        patterns += [f"{cell}/samples/{final}/*.png"] if final else []
+        if final and entry["row"] not in drawn:
+            drawn.add(entry["row"])
+            patterns.append(f"{cell}/samples/{final}/*.png")
     for file in sorted(found for pattern in patterns for found in folder.glob(pattern)):
         target = temporary / file.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)

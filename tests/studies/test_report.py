@@ -11,7 +11,7 @@ import pytest
 import yaml
 from mmdit_eval.claims import verdict
 from mmdit_eval.comparison import check_comparable, compare, find_result
-from mmdit_eval.figures import figures
+from mmdit_eval.figures import figures, grids
 from mmdit_eval.findings import at_budget, cost_table, equal_budgets, estimate, read_study
 from mmdit_eval.plots import row_styles
 from mmdit_eval.readme import store_study
@@ -233,6 +233,11 @@ def test_a_finished_study_is_stored_without_weights_and_replaces_what_was_there(
     stored = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     wanted = {"summary.json", "report.html", "grid-seen.png", "mmdit-s0/eval/tiny-000000003000.json"}
     assert wanted | {"unet-s0/metrics.jsonl"} <= stored
+    assert {name.split("/")[0] for name in stored if "/samples/" in name} == {
+        "mmdit-s0",
+        "unet-s0",
+    }  # shown in the grid
+    assert out.joinpath("grid-seen.png").read_bytes() == study.joinpath("grid-seen.png").read_bytes()
     assert "old.json" not in stored
     assert not any(name.endswith(".safetensors") for name in stored)
     assert summary(read_study(out)) == summary(read_study(study))  # the report can be made from what was stored
@@ -245,6 +250,17 @@ def test_a_finished_study_is_stored_without_weights_and_replaces_what_was_there(
     with pytest.raises(ValueError, match="no folder name"):
         store_study(study, tmp_path / "results")
     assert (out / "summary.json").is_file()
+
+
+def test_pictures_are_stored_of_the_seed_that_the_grid_shows(tmp_path):
+    study = write_study(tmp_path / "pretend", seeds=(3, 1))
+    write_report(study)
+    out = store_study(study, tmp_path / "results")
+    assert {file.parts[-4] for file in out.glob("*/samples/*/*.png")} == {"mmdit-s3", "unet-s3"}
+    shown = {str(grid) for grid in grids(read_study(study))}
+    assert shown == {str(grid) for grid in grids(read_study(out))}
+    drawn = [line["pictures"][2:] for grid in grids(read_study(out)) for line in grid["lines"]]
+    assert all(picture for pictures in drawn for _, picture in pictures)
 
 
 def judge_otherwise(run, suite, guidance, seen=3000):
