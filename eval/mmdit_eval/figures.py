@@ -133,16 +133,11 @@ def _guidance(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, st
 
 def _curves(files: Files, score: str, axis: str) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
     found: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
-
-    def at(row: str, images: int, seconds: float) -> float:
-        flops = 3.0 * files.book["rows"][row]["flops"] * images
-        return {"images": float(images), "flops": flops, "seconds": seconds}[axis]
-
     for split in _drawn_splits(files):
         for cell in files.judged:
             points = [
-                (at(cell.row, images, seconds), splits[split]["scores"][score]["value"])
-                for images, seconds, splits in cell.points
+                (cost, splits[split]["scores"][score]["value"])
+                for cost, splits in cell.spent(axis)
                 if score in splits.get(split, {}).get("scores", {})
             ]
             if points and np.isfinite(points).all():

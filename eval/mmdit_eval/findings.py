@@ -19,7 +19,12 @@ from mmdit_eval.statistics import Estimate, seed_interval
 
 @dataclass
 class Cell:
-    """One row and seed, as its folder tells it. `points`: (images, seconds, {split: measured}) along training."""
+    """One row and seed, as its folder tells it.
+
+    Attributes:
+        points: (images, seconds, {split: measured}) along training.
+        flops: of one forward of one image.
+    """
 
     row: str
     seed: int
@@ -29,6 +34,17 @@ class Cell:
     result: dict[str, Any] | None = None
     points: list[tuple[int, float, dict[str, Any]]] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
+    flops: float = float("nan")
+
+    def spent(self, axis: str) -> list[tuple[float, dict[str, Any]]]:
+        """Return (what a judged checkpoint had cost, {split: measured}); axis is `images`, `flops` or `seconds`.
+
+        An update takes three times the FLOPs of its forward.
+        """
+        return [
+            ({"images": float(images), "flops": 3.0 * self.flops * images, "seconds": seconds}[axis], splits)
+            for images, seconds, splits in self.points
+        ]
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.log if record.get("kind") == kind]
@@ -102,6 +118,8 @@ def read_study(folder: str | Path) -> Files:
         _read_cell(folder / name, entry, suite, folder / entry.get("trained_as", name))
         for name, entry in book["cells"].items()
     ]
+    for cell in cells:
+        cell.flops = float(book["rows"][cell.row]["flops"])
     return Files(folder, book, cells, read_result(folder / "ceiling.json"))
 
 
@@ -143,12 +161,12 @@ def estimate(cells: Sequence[Cell], split: str, score: str) -> Estimate | None:
 
 
 def at_budget(cell: Cell, split: str, score: str, axis: str, budget: float) -> float | None:
-    """Return a score at a budget of `images` or `seconds`, linear between the judged checkpoints; None outside."""
+    """Return a score at a budget, linear between the judged checkpoints; None outside. `axis`: as in `Cell.spent`."""
     points = []
-    for images, seconds, splits in cell.points:
+    for cost, splits in cell.spent(axis):
         found = splits.get(split, {}).get("scores", {}).get(score)
         if found is not None:
-            points.append((images if axis == "images" else seconds, found["value"]))
+            points.append((cost, found["value"]))
     if not points or not points[0][0] <= budget <= points[-1][0] * (1 + 1e-9):
         return None
     return _interpolate(budget, points)
@@ -161,18 +179,21 @@ def _interpolate(x: float, points: Sequence[tuple[float, float]]) -> float:
 
 
 def equal_budgets(files: Files) -> list[dict[str, Any]]:
-    """Compare rows at equal images and at equal seconds: the largest budget that every row has reached."""
+    """Compare rows at equal images, FLOPs and seconds: the largest budget that every row has reached.
+
+    A row that was first judged later has no value there; a budget at which fewer than two rows have one is left out.
+    """
     tables = []
     chosen: list[str] = [
         s for s in ("colour", "shape", "relation", "all_correct", "same_base", "same_tone") if s in files.scores
     ]
     chosen = chosen or [s for s in (files.headline,) if s]
-    for axis in ("images", "seconds"):
-        reached = [float(c.points[-1][0] if axis == "images" else c.points[-1][1]) for c in files.judged if c.points]
+    for axis in ("images", "flops", "seconds"):
+        reached = [cell.spent(axis)[-1][0] for cell in files.judged if cell.points]
         if not reached or not np.isfinite(reached).all():
             continue
         budget = min(reached)
-        lines = []
+        lines: list[dict[str, Any]] = []
         for row in files.rows:
             values = {
                 f"{split}.{score}": _mean([at_budget(cell, split, score, axis, budget) for cell in files.of(row)])
@@ -180,7 +201,8 @@ def equal_budgets(files: Files) -> list[dict[str, Any]]:
                 for score in chosen
             }
             lines.append({"row": row, "values": values})
-        tables.append({"axis": axis, "budget": budget, "scores": chosen, "rows": lines})
+        if sum(any(value is not None for value in line["values"].values()) for line in lines) > 1:
+            tables.append({"axis": axis, "budget": budget, "scores": chosen, "rows": lines})
     return tables
 
 

@@ -172,7 +172,7 @@ def test_many_rows_stand_down_the_tables_each_with_a_colour_and_mark_of_its_own(
     for row in rows:  # once in the table of each split, of costs, of each budget
         look = row_styles(rows)[row]
         mark = f'<span class="mark" style="color:{look.colour}">{look.character}</span>{row}</td>'
-        assert page.count(mark) == 2 + 1 + 2
+        assert page.count(mark) == 2 + 1 + 3
     assert page.count("crossdit_decoupled") == 0
     assert "row_<wbr>8</th>" in page  # a narrow head breaks and is not cut
     assert "varied: model.name, model.depth" not in page  # the field of `varies`, not its leaves
@@ -307,8 +307,16 @@ def test_a_split_smaller_than_a_snapshot_keeps_its_last_point_and_its_own_count(
     page = html(files)
     assert "40 pictures of seen combinations, 12 pictures of held-out combinations" in page
     values = [line["values"]["heldout.all_correct"] for table in equal_budgets(files) for line in table["rows"]]
-    assert len(values) == 4
+    assert len(values) == 6
     assert None not in values
+
+
+def test_a_budget_that_one_row_alone_was_judged_at_is_left_out(study):
+    log = study / "mmdit-s0/metrics.jsonl"  # as where the machine did other work in between
+    lines = [json.loads(line) for line in log.read_text().splitlines()[:-1]]
+    log.write_text("\n".join(json.dumps({**line, "seconds": line["seconds"] + 1_000}) for line in lines))
+    assert [table["axis"] for table in equal_budgets(read_study(study))] == ["images", "flops"]
+    assert "1,000 s of training" not in html(read_study(study))
 
 
 def test_prompts_are_escaped(study):
@@ -338,8 +346,10 @@ def test_the_csv_holds_every_number_unrounded(study):
 def test_seconds_come_from_the_log_and_budgets_from_the_slower_row(study):
     files = read_study(study)
     assert [point[1] for point in files.judged[0].points] == pytest.approx([1000 / 700, 2000 / 700, 3000 / 700])
-    images, seconds = equal_budgets(files)
+    images, flops, seconds = equal_budgets(files)
     assert images["budget"] == 3000
+    assert flops["budget"] == 3 * 300_000_000 * 3000
+    assert flops["rows"] == images["rows"]  # both rows cost the same a forward
     assert seconds["budget"] == pytest.approx(3000 / 700)
     unet = files.of("unet")[0]
     first, second = (unet.points[i][2]["seen"]["scores"]["all_correct"]["value"] for i in (0, 1))
