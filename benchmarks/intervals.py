@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 from mmdit_eval.frechet import frechet_from_statistics
 from mmdit_eval.readme import rewrite
+from mmdit_eval.retrieval import retrieval_ranks
 from mmdit_eval.set_intervals import (
     cmmd_interval,
     frechet_infinity_interval,
@@ -30,7 +31,7 @@ from mmdit_eval.set_intervals import (
     paired_frechet_difference,
     paired_kernel_difference,
 )
-from mmdit_eval.statistics import Estimate, mean_interval, seed_interval
+from mmdit_eval.statistics import Estimate, mean_interval, seed_interval, wilson_interval
 
 from mmdit.train.tracking import describe_environment
 
@@ -161,6 +162,10 @@ def cases() -> list[Case]:
             lambda s: paired_kernel_difference(s.a1, s.a2, s.true, reference="paired"),
         ),
         Case("kernel difference of stored results, paired; d 8", small, stored_kernel_difference),
+        Case("kernel difference of stored results, paired; equal", equal, stored_kernel_difference, None, True),
+        Case("R@1 at this N; N 200, d 32", World(200, 200, 32), lambda s: retrieved(s, 1)),
+        Case("R@1 at this N; N 500, d 16", World(500, 500, 16), lambda s: retrieved(s, 1)),
+        Case("R@5 at this N; N 500, d 16", World(500, 500, 16), lambda s: retrieved(s, 5)),
         Case("cmmd, drawn; d 8", small, lambda s: cmmd_interval(s.a1, s.b)),
         Case("mean of 200, bootstrap", World(200, 200, 1), lambda s: mean_interval(s.b[:, 0], draws=400), 0.0),
         Case("mean over 3 seeds, t", World(8, 8, 1), lambda s: seed_interval(s.b[:3, 0]), 0.0),
@@ -172,6 +177,12 @@ def stored_kernel_difference(sets: Sets) -> Estimate:
     """As `compare` makes it, of two results that keep influences and no features."""
     (one, of_one), (two, of_two) = (kernel_influence(run, sets.true, reference="paired") for run in (sets.a1, sets.a2))
     return influence_interval(one["value"] - two["value"], of_one - of_two, None, "fixed")
+
+
+def retrieved(sets: Sets, first: int) -> Estimate:
+    """Share of pictures whose own caption is among the `first` nearest of all captions."""
+    own = np.arange(len(sets.a1))
+    return wilson_interval(retrieval_ranks(sets.a1, sets.true, own, own) < first)
 
 
 def coverage(case: Case, repetitions: int, start: int = 0) -> dict[str, Any]:
@@ -208,7 +219,7 @@ def main(repetitions: int = 2_000, only: str = "", out: Path | None = None, tabl
 
     Args:
         repetitions: draws of each case; 2,000 tell a coverage to half a point.
-        only: part of the names of the cases to run.
+        only: part of the names of the cases to run; with `out`, the others' shares stay as they are.
         out: JSON file for the shares.
         table: write the table of docs/metrics.md from results/calibration/intervals.json, and simulate nothing.
     """
@@ -223,12 +234,17 @@ def main(repetitions: int = 2_000, only: str = "", out: Path | None = None, tabl
             print(f"{case.name:40s} {100 * found[-1]['coverage']:5.1f} %", flush=True)
     if out is not None:
         command = f"OMP_NUM_THREADS=1 python benchmarks/intervals.py --repetitions {repetitions} --out {out}"
+        command += f" --only {only!r}" if only else ""
+        environment = describe_environment()
+        shares = {case["case"]: {**case, "commit": environment["commit"]} for case in found}
+        if out.is_file():
+            shares = {case["case"]: case for case in json.loads(out.read_text("utf-8"))["cases"]} | shares
         result = {
             "command": command,
             "nominal": 0.95,
             "seconds": round(time.perf_counter() - started),
-            "environment": describe_environment(),
-            "cases": found,
+            "environment": environment,
+            "cases": [shares[case.name] for case in cases() if case.name in shares],
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
