@@ -214,22 +214,20 @@ def run(contest: Contest, rounds: int) -> list[dict[str, Any]]:
             if turn:
                 seconds[name].append(time.process_time() - begun)
                 passed[name].append(time.perf_counter() - clock)
-    several = torch.get_num_threads() > 1
-    medians = {name: statistics.median(spent) for name, spent in (passed if several else seconds).items()}
-    first = next(iter(medians.values()))
-    return [
+    rows: list[dict[str, Any]] = [
         {
             "job": contest.job,
             "threads": torch.get_num_threads(),
             "implementation": name,
             "processor_seconds": seconds[name],
             "seconds": passed[name],
-            "speed_up": first / medians[name],
             "relative_error": None if contest.truth is None else abs(values[name] / contest.truth - 1),
             "peak_mib": peak_memory(call),
         }
         for name, call in contest.calls.items()
     ]
+    first, *_ = medians = [statistics.median(clocked(row)) for row in rows]
+    return [{**row, "speed_up": first / median} for row, median in zip(rows, medians, strict=True)]
 
 
 def main(

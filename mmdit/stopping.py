@@ -8,7 +8,7 @@ import os
 import signal
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 SIGHUP = getattr(signal, "SIGHUP", None)  # systems without terminals of this kind have none
 
@@ -30,11 +30,9 @@ def handled(act: Callable[[int], None], *numbers: int) -> Iterator[None]:
     if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
         wanted.add(SIGHUP)
     previous = {}
-    try:
+    with suppress(ValueError):  # not the main thread
         for number in wanted:
             previous[number] = signal.signal(number, handle)
-    except ValueError:  # not the main thread
-        previous = {}
     try:
         yield
     finally:
