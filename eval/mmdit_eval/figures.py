@@ -148,7 +148,7 @@ def _curves(files: Files, score: str, axis: str) -> dict[str, dict[str, list[lis
 def grids(files: Files) -> list[dict[str, Any]]:
     """Collect the sample grid: the same prompts and noise in every row, beside the true picture and the ceiling."""
     found = []
-    firsts = [files.of(row)[0] for row in files.rows if files.of(row)]
+    firsts = files.shown
     for split in files.splits:
         if not firsts:
             break
@@ -159,10 +159,10 @@ def grids(files: Files) -> list[dict[str, Any]]:
             for kind in ("true", "ceiling"):
                 pictures.append((kind, _picture(files.folder / f"ceiling/{kind}-{split}-{i:03d}.png")))
             for cell in firsts:
-                name = f"{(cell.result or {})['suite']}-{(cell.result or {})['images_seen']:012d}"
                 right = (cell.result or {})["splits"][split]["per_image"].get("all_correct")
                 mark = "" if right is None or right[i] is None else ("right" if right[i] else "wrong")
-                picture = _picture(cell.folder / "samples" / name / f"{split}-{i:03d}.png")
+                assert cell.pictures is not None
+                picture = _picture(cell.pictures / f"{split}-{i:03d}.png")
                 pictures.append((f"{cell.row} {mark}".strip(), picture))
             lines.append({"prompt": prompt, "pictures": pictures})
         heads = ["true", "VAE", *(cell.row for cell in firsts)]

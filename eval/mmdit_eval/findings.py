@@ -22,8 +22,8 @@ class Cell:
     """One row and seed, as its folder tells it.
 
     Attributes:
-        points: (images, seconds, {split: measured}) along training.
         flops: of one forward of one image.
+        points: (images, seconds, {split: measured}) along training.
     """
 
     row: str
@@ -31,10 +31,17 @@ class Cell:
     status: str
     reason: str
     folder: Path
+    flops: float
     result: dict[str, Any] | None = None
     points: list[tuple[int, float, dict[str, Any]]] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
-    flops: float = float("nan")
+
+    @property
+    def pictures(self) -> Path | None:
+        """The folder of what was drawn for the result; None where there is none."""
+        if self.result is None:
+            return None
+        return self.folder / "samples" / f"{self.result['suite']}-{self.result['images_seen']:012d}"
 
     def spent(self, axis: str) -> list[tuple[float, dict[str, Any]]]:
         """Return (what a judged checkpoint had cost, {split: measured}); axis is `images`, `flops` or `seconds`.
@@ -90,6 +97,11 @@ class Files:
     def of(self, row: str) -> list[Cell]:
         return [cell for cell in self.judged if cell.row == row]
 
+    @property
+    def shown(self) -> list[Cell]:
+        """The cell of each row whose pictures stand in the grid: the first that was judged."""
+        return [self.of(row)[0] for row in self.rows if self.of(row)]
+
     @cached_property
     def splits(self) -> list[str]:
         return [split for split in SPLITS if any(split in (cell.result or {})["splits"] for cell in self.judged)]
@@ -113,20 +125,16 @@ def read_study(folder: str | Path) -> Files:
     """
     folder = Path(folder)
     book = read_book(folder / "study.json")
-    suite = book["study"]["suite"]
-    cells = [
-        _read_cell(folder / name, entry, suite, folder / entry.get("trained_as", name))
-        for name, entry in book["cells"].items()
-    ]
-    for cell in cells:
-        cell.flops = float(book["rows"][cell.row]["flops"])
+    cells = [_read_cell(folder, name, book) for name in book["cells"]]
     return Files(folder, book, cells, read_result(folder / "ceiling.json"))
 
 
-def _read_cell(folder: Path, entry: Mapping[str, Any], suite: Mapping[str, Any], trained: Path) -> Cell:
+def _read_cell(study: Path, name: str, book: Mapping[str, Any]) -> Cell:
     """Read a cell: its results from its own folder, its log from that of the networks that it uses."""
-    cell = Cell(entry["row"], entry["seed"], entry["status"], entry.get("reason", ""), folder)
-    log = trained / "metrics.jsonl"
+    entry, suite, folder = book["cells"][name], book["study"]["suite"], study / name
+    flops = float(book["rows"][entry["row"]]["flops"])
+    cell = Cell(entry["row"], entry["seed"], entry["status"], entry.get("reason", ""), folder, flops)
+    log = study / entry.get("trained_as", name) / "metrics.jsonl"
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         try:
             cell.log.append(json.loads(line))

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdit_eval.findings import read_study
 from mmdit_eval.scores import SCORES, SPLITS, Score, shown, shown_interval
 
 # which scores fit into a README, by what the study has
@@ -30,6 +31,7 @@ def store_study(folder: str | Path, results: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: the folder holds no finished study.
+        ConfigError: its study.json is not whole, or was written by a newer version.
         ValueError: the study's name is no plain folder name, or it is stored there already.
     """
     folder, results = Path(folder), Path(results)
@@ -48,13 +50,8 @@ def store_study(folder: str | Path, results: str | Path) -> Path:
     top = ("summary.json", "study.json", "ceiling.json", "ceiling/*.png", "report.html", "table.*", "*.png")
     of_a_cell = ("attention.json", "config.yaml", "metrics.jsonl", "environment.json", "eval/*.json")
     patterns = [*top, *(f"*/{name}" for name in of_a_cell)]
-    book = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    suite, drawn = book["study"]["suite"]["name"], set()
-    for cell, entry in book["cells"].items():
-        final = max((path.stem for path in (folder / cell / "eval").glob(f"{suite}-{'[0-9]' * 12}.json")), default=None)
-        if final and entry["row"] not in drawn:
-            drawn.add(entry["row"])
-            patterns.append(f"{cell}/samples/{final}/*.png")
+    shown = [cell.pictures for cell in read_study(folder).shown if cell.pictures is not None]
+    patterns += [f"{pictures.relative_to(folder)}/*.png" for pictures in shown]
     for file in sorted(found for pattern in patterns for found in folder.glob(pattern)):
         target = temporary / file.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
