@@ -8,6 +8,7 @@ is what such a process runs: what to do lies in STUDY_DIR/judging/, and there it
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from mmdit.config import (
     to_tree,
     to_yaml,
 )
+from mmdit.stopping import handled
 from mmdit_eval import executor
 from mmdit_eval.book import Book, read_book
 
@@ -190,16 +192,26 @@ def _read_task(folder: Path, name: str) -> tuple[Task, SuiteConfig]:
 
 
 def main(words: Sequence[str]) -> int:
-    """Judge the named cells of a study; return 0, or 75 where it was interrupted."""
+    """Judge the named cells of a study; return 0.
+
+    Raises:
+        KeyboardInterrupt: asked to stop by SIGINT (also where a shell's background taught us to ignore it), SIGTERM or
+            SIGHUP; what was drawn is on disk.
+    """
     study_dir, names = Path(words[0]), words[1:]
     read_book(study_dir / "study.json")
     references: References | None = None
-    for name in names:
-        task, suite = _read_task(study_dir / "judging", name)
-        references = references or References(suite, study_dir, print)
-        reason = judge_cell(task, suite, study_dir, references, print, ceiling=False)
-        _file(study_dir / "judging", name, "result").write_text(json.dumps({"reason": reason}), encoding="utf-8")
+    with handled(_stop, signal.SIGINT, signal.SIGTERM):
+        for name in names:
+            task, suite = _read_task(study_dir / "judging", name)
+            references = references or References(suite, study_dir, print)
+            reason = judge_cell(task, suite, study_dir, references, print, ceiling=False)
+            _file(study_dir / "judging", name, "result").write_text(json.dumps({"reason": reason}), encoding="utf-8")
     return 0
+
+
+def _stop(number: int) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

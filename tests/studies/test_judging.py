@@ -1,6 +1,7 @@
 """Cells judged by several processes: the same numbers, and what happens when one fails, dies or is stopped."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +110,30 @@ def test_a_stop_while_judging_asks_the_processes_and_goes_on_later(study_file, t
     instead(monkeypatch, in_process)
     assert run_study(study_file, ["--workers", "2"], out=tmp_path / "runs", say=silent) == 0
     assert set(statuses(tmp_path / "runs/mini").values()) == {"done"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_was_started_in_the_background_can_be_asked_to_stop(study_file, tmp_path, monkeypatch, number):
+    asked = []
+
+    def judge_cell(task, *arguments, **options):
+        asked.append(task.name)
+        os.kill(os.getpid(), number)
+
+    def judge(study_dir, cells):
+        monkeypatch.setattr(judging, "judge_cell", judge_cell)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell leaves it to what it starts with "&"
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                in_process(study_dir, cells)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return executor.EXIT_INTERRUPTED
+
+    instead(monkeypatch, judge)
+    with pytest.raises(StudyInterrupted, match="while judging"):
+        run_study(study_file, ["--workers", "2"], out=tmp_path / "runs", say=silent)
+    assert len(asked) == 2  # the first cell of each process, and no second
 
 
 def test_a_folder_that_holds_no_study_is_exit_code_2_in_words(tmp_path):
