@@ -160,6 +160,7 @@ def _unet(config: UNetConfig, text: Parts, height: int, width: int) -> int:
             channels = D
         if stage:
             total += convolution(sizes[stage - 1], D, D)  # up
+    total += sum(linear(1, 4 * base, count * D) for D, count in route.modulations.values())
     return total + convolution(pixels, channels, config.out_channels)
 
 

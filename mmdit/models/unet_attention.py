@@ -6,7 +6,7 @@ those of the releases). Ours: decoupled and joint attention, and text in the ima
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ class Companions(NamedTuple):
         time: embedding of time, and of the pooled text where there is one, [B, 4 model_channels].
         states: the encoders' text, [B, L, E]; None with injection `pooled`.
         text: the same as the transformers take it: joint attention updates it from block to block.
+        modulations: of the text, level -> scale, gate, scale, gate [B, 1, D]; empty without joint attention.
         left: text as the way down left each level, for the way up.
         pooled: [B, G], or None.
         skipped: numbers of the transformer blocks to leave out.
@@ -39,6 +40,7 @@ class Companions(NamedTuple):
     time: Tensor
     states: Text | None
     text: Text | None
+    modulations: Mapping[str, tuple[Tensor, ...]]
     left: Mapping[Any, Text]
     pooled: Tensor | None
     skipped: frozenset[int]
@@ -171,12 +173,12 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
 
     def forward(
-        self, tokens: Tensor, text: Text | None, pooled: Tensor | None, record: list[Tensor] | None
+        self, tokens: Tensor, text: Text | None, companions: Companions, record: list[Tensor] | None
     ) -> tuple[Tensor, Text | None]:
         """Map image tokens [B, N, D] to [B, N, D]; the text [B, L, E] stays as it came."""
         tokens = tokens + self.attn1(self.norm1(tokens))
         if self.reads_text and text is not None:
-            tokens = tokens + self.read(self.norm2(tokens), text, pooled, record)
+            tokens = tokens + self.read(self.norm2(tokens), text, companions.pooled, record)
         return tokens + self.ff(self.norm3(tokens)), text
 
     def read(self, tokens: Tensor, text: Text, pooled: Tensor | None, record: list[Tensor] | None) -> Tensor:
@@ -196,26 +198,33 @@ class TransformerBlock(nn.Module):
 class JointTransformerBlock(nn.Module):
     """One attention over image and text tokens, each projected by its own weights; then a feed-forward for each.
 
-    Stands in the place of self- and cross-attention. As in the U-Net's other blocks nothing is modulated: time reaches
-    the text through the image tokens that it reads. `weight_sets` as in MMDiT.
+    Stands in the place of self- and cross-attention. Text is modulated by adaLN-Zero: no ResBlock brings it the time,
+    as it does to the image, and its updates begin at zero. All blocks of a level share the map from time, and each adds
+    numbers of its own (`TokenStream.table`); LayerNorms keep their biases, in the place of shifts. `weight_sets` as in
+    MMDiT.
+
+    Source of one map and a table a block: Chen et al. 2023, arXiv:2310.00426, 2.3 (adaLN-single).
     """
 
-    def __init__(self, channels: int, config: UNetConfig, last: bool) -> None:
+    def __init__(self, channels: int, config: UNetConfig, stop: TextStop, last: bool) -> None:
         super().__init__()
-        self.last, self.sets = last, config.weight_sets
-        self.image = TokenStream(channels, config, pooled_dim=_query_dim(config))
+        self.level, self.last, self.sets = str(stop.level), last, config.weight_sets
+        modulations = 1 if last else 4
+        self.image = TokenStream(channels, config, modulations if self.sets == 1 else 0, pooled_dim=_query_dim(config))
         if self.sets == 2:
-            self.text: nn.Module = TokenStream(channels, config, writes=not last)
+            self.text: nn.Module = TokenStream(channels, config, modulations, writes=not last)
         elif self.sets == 3:
-            streams = config.text_streams or ()
-            self.text = nn.ModuleDict({name: TokenStream(channels, config, writes=not last) for name, _ in streams})
+            self.text = nn.ModuleDict(
+                {n: TokenStream(channels, config, modulations, writes=not last) for n, _ in config.text_streams or ()}
+            )
 
     def forward(
-        self, tokens: Tensor, text: Text | None, pooled: Tensor | None, record: list[Tensor] | None
+        self, tokens: Tensor, text: Text | None, companions: Companions, record: list[Tensor] | None
     ) -> tuple[Tensor, Text | None]:
         """Update image tokens [B, N, D] and text [B, L, D], masks [B, L + N]; the last block leaves the text."""
-        reading = self.image.read(tokens, pooled=pooled)
-        return joint_attention(tokens, self.image, reading, self._owners(text), text, last=self.last, record=record)
+        reading = self.image.read(tokens, pooled=companions.pooled)
+        owners, modulation = self._owners(text), companions.modulations[self.level]
+        return joint_attention(tokens, self.image, reading, owners, text, modulation, last=self.last, record=record)
 
     def _owners(self, text: Text | None) -> list[Owner]:
         """Say which weights own which part of the text."""
@@ -227,12 +236,22 @@ class JointTransformerBlock(nn.Module):
 
 
 class TokenStream(nn.Module):
-    """The weights one kind of token owns in a joint block: attention and feed-forward, each behind a LayerNorm."""
+    """The weights one kind of token owns in a joint block: attention and feed-forward, each behind a LayerNorm.
 
-    def __init__(self, channels: int, config: UNetConfig, writes: bool = True, pooled_dim: int | None = None) -> None:
+    Args:
+        modulations: of text: 4 where it is updated, 1 where it is only read; 0 where there are image tokens alone.
+        writes: these weights update tokens.
+        pooled_dim: of the pooled text in the queries, if any.
+    """
+
+    def __init__(
+        self, channels: int, config: UNetConfig, modulations: int, writes: bool = True, pooled_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attn = Attention(channels, channels, _heads(channels, config), pooled_dim)
+        if modulations:
+            self.table = nn.Parameter(torch.zeros(modulations, channels))
         if writes:
             self.norm2 = nn.LayerNorm(channels)
             self.ff = FeedForward(channels, round(channels * config.ff_mult))
@@ -240,17 +259,35 @@ class TokenStream(nn.Module):
             del self.attn.to_q, self.attn.to_out
 
     def read(
-        self, tokens: Tensor, queries: bool = True, pooled: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        """Return q (None without `queries`), k, v, each [B, A, L, K], and nothing that `write` needs."""
-        normed = self.norm1(tokens)
-        k, v, _ = self.attn.keys(normed)
-        return self.attn.queries(normed, pooled) if queries else None, k, v, None
+        self,
+        tokens: Tensor,
+        modulation: Sequence[Tensor] | None = None,
+        queries: bool = True,
+        pooled: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return q (None without `queries`), k, v, each [B, A, L, K], and what `write` needs.
 
-    def write(self, tokens: Tensor, mixed: Tensor, _: None = None) -> Tensor:
+        Args:
+            modulation: of the level, each [B, 1, D]; None for image tokens.
+        """
+        normed = self.norm1(tokens)
+        if modulation is not None:
+            scale, *rest = (of_level + own for of_level, own in zip(modulation, self.table, strict=False))
+            normed = normed * (1 + scale)
+        else:
+            rest = []
+        k, v, _ = self.attn.keys(normed)
+        return self.attn.queries(normed, pooled) if queries else None, k, v, tuple(rest)
+
+    def write(self, tokens: Tensor, mixed: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Add what was read and the feed-forward: [B, L, D], [B, A, L, K] -> [B, L, D]."""
-        tokens = tokens + self.attn.out(mixed)
-        return tokens + self.ff(self.norm2(tokens))
+        read = self.attn.out(mixed)
+        if not modulation:
+            tokens = tokens + read
+            return tokens + self.ff(self.norm2(tokens))
+        gate, ff_scale, ff_gate = modulation
+        tokens = torch.addcmul(tokens, gate, read)
+        return torch.addcmul(tokens, ff_gate, self.ff(self.norm2(tokens) * (1 + ff_scale)))
 
 
 class SpatialTransformer(nn.Module):
@@ -267,7 +304,7 @@ class SpatialTransformer(nn.Module):
         if stop.enters:
             self.text_entry = TextEntry(config, channels, stop)
         self.transformer_blocks = nn.ModuleList(
-            JointTransformerBlock(channels, config, last=stop.last and i == depth - 1)
+            JointTransformerBlock(channels, config, stop, last=stop.last and i == depth - 1)
             if stop.reads and config.injection == "joint"
             else TransformerBlock(channels, config, stop.reads)
             for i in range(depth)
@@ -302,7 +339,7 @@ class SpatialTransformer(nn.Module):
             record = None
             if companions.records is not None and self.stop.reads:
                 record = companions.records.setdefault(name, [])
-            tokens, masked = block(tokens, masked, companions.pooled, record)
+            tokens, masked = block(tokens, masked, companions, record)
         if not self.stop.joint or text is None or masked is None:
             return tokens, companions
         text = text._replace(context=masked.context, negative=masked.negative)

@@ -47,7 +47,12 @@ class TextStop(NamedTuple):
 
 
 class TextRoute:
-    """Hands out the stops in the order in which the network runs; bookkeeping while it is built, no module."""
+    """Hands out the stops in the order in which the network runs; bookkeeping while it is built, no module.
+
+    Attributes:
+        modulations: what joint attention modulates, once all stops are handed out: level -> width of the text and
+            number of vectors: 4, or 1 where the text is read and not updated.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         self.config = config
@@ -55,6 +60,7 @@ class TextRoute:
         self.widths = [mult * config.model_channels for mult in config.channel_mult]
         self.at: int | str | None = None  # the level at which the text is
         self.width: int | None = None
+        self.modulations: dict[int | str, tuple[int, int]] = {}
         stages = [stage for stage in self.reading if isinstance(stage, int)]
         self.final: int | str = min(stages) if stages else MIDDLE
 
@@ -87,6 +93,9 @@ class TextRoute:
         level = self.at if joined is not None and self.at == joined else place
         enters, carried = level != self.at, self.width
         self.at, self.width = level, width
+        depth = self.config.middle_transformer_depth if place == MIDDLE else self.config.transformer_depth[int(place)]
+        updated = level in self.modulations or not last or depth > 1
+        self.modulations[level] = width, 4 if updated else 1
         return TextStop(level, True, True, down, enters, carried if enters else None, enters and up, last)
 
 
