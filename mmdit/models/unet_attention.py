@@ -272,7 +272,8 @@ class TokenStream(nn.Module):
         """
         normed = self.norm1(tokens)
         if modulation is not None:
-            scale, *rest = (of_level + own for of_level, own in zip(modulation, self.table, strict=False))
+            level = modulation[: len(self.table)]  # where this block only reads the text it needs no more than a scale
+            scale, *rest = (of_level + own for of_level, own in zip(level, self.table, strict=True))
             normed = normed * (1 + scale)
         else:
             rest = []

@@ -113,8 +113,10 @@ def test_a_third_of_sd3_medium_is_modulation():
     assert weights / sum(p.numel() for p in denoiser.parameters()) == pytest.approx(1 / 3, abs=0.01)
 
 
-def test_a_unet_has_no_modulations():
+@pytest.mark.parametrize("injection", ["cross", "joint"])
+def test_there_are_no_tables_for_a_unet(injection):
     config = UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(1, 1), head_dim=8,
-                        norm_groups=8, context_dim=16)  # fmt: skip
+                        norm_groups=8, context_dim=16, injection=injection)  # fmt: skip
+    assert table_bytes(build_denoiser(config), 4, 1, 4) == (0, 0)  # so that nobody asks for them
     with pytest.raises(ValueError, match="UNet has no adaLN modulations"):
         ModulationTables(build_denoiser(config), TIMES, None)

@@ -19,10 +19,11 @@ class Net(nn.Module):
         self.conv = nn.Conv2d(4, 6, 3)
         self.norm = nn.GroupNorm(2, 6)
         self.linear = nn.Linear(6, 2)
+        self.table = nn.Parameter(torch.zeros(2, 6))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
-        return self.linear(self.norm(self.conv(x)).mean((2, 3)))
+        return self.linear(self.norm(self.conv(x)).mean((2, 3)) + self.table.sum(0))
 
 
 def step(net, optimizer, seed):
@@ -32,7 +33,7 @@ def step(net, optimizer, seed):
     optimizer.zero_grad(set_to_none=True)
 
 
-def test_weight_decay_spares_norms_biases_and_embeddings():
+def test_weight_decay_spares_norms_biases_embeddings_and_tables():
     net = Net()
     optimizer = build_optimizer(net, TrainConfig(weight_decay=0.1))
     names = {id(p): n for n, p in net.named_parameters()}
