@@ -24,7 +24,8 @@ def main() -> None:
     temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     temporary.replace(arguments.out)
     for case in found["false_verdicts"]:
-        print(f"A/A, {case['rows']} rows, {case['seeds']} seeds: {100 * case['share']:.1f} % false verdicts")
+        form = case.get("method", "Welch t over seeds")
+        print(f"A/A, {case['rows']} rows, {case['seeds']} seeds, {form}: {100 * case['share']:.1f} % false verdicts")
     for case in found["other_intervals"]:
         print(
             f"A/A, 2 rows, {case['seeds']} seeds: mixed model {100 * case['mixed_model']['share']:.1f} %, "
@@ -32,8 +33,9 @@ def main() -> None:
         )
     for case in found["planted_effects"]:
         print(
-            f"planted {100 * case['difference']:.1f} points, {case['rows']} rows, {case['seeds']} seeds: found in "
-            f"{100 * case['share']:.1f} %, promised {100 * case['promised']:.1f} %"
+            f"planted {100 * case['difference']:.1f} points, {case['rows']} rows, {case['seeds']} seeds, "
+            f"{case.get('method', 'Welch t over seeds')}: found in {100 * case['share']:.1f} %, promised "
+            f"{100 * case['promised']:.1f} %"
         )
     print(arguments.out)
 

@@ -17,39 +17,48 @@ from mmdit_eval.statistics import paired_interval
 from mmdit_eval.verdicts import LEVEL, decide, difference
 
 QUALITY, SEED_SPREAD, PROMPT_SPREAD = 1.0, 0.35, 1.0  # log-odds: some 70 % right, seeds 6 points apart
+OWN_SPREAD = 0.1  # where rows share their trainings: what a seed's networks gain or lose under one row's sampling alone
 
 
 def simulate(
-    random: np.random.Generator, rows: int, seeds: int, pictures: int, planted: float = 0.0
+    random: np.random.Generator, rows: int, seeds: int, pictures: int, planted: float = 0.0, pairs: bool = False
 ) -> list[np.ndarray]:
-    """Draw one study: of each row 0/1 scores [seeds, pictures]; the last row is better by `planted` (log-odds)."""
+    """Draw one study: of each row 0/1 scores [seeds, pictures]; the last row is better by `planted` (log-odds).
+
+    With `pairs` a seed moves all rows alike, as where they share its networks, and each a little by itself.
+    """
     prompts = PROMPT_SPREAD * random.normal(size=pictures)
+    if pairs:
+        prompts = prompts + SEED_SPREAD * random.normal(size=(seeds, 1))  # [S, P]
+    spread = OWN_SPREAD if pairs else SEED_SPREAD
     tables = []
     for row in range(rows):
         quality = QUALITY + (planted if row == rows - 1 else 0.0)
-        odds = quality + SEED_SPREAD * random.normal(size=(seeds, 1)) + prompts
+        odds = quality + spread * random.normal(size=(seeds, 1)) + prompts
         tables.append((random.random((seeds, pictures)) < 1 / (1 + np.exp(-odds))).astype(np.float64))
     return tables
 
 
-def judge_simulated(tables: list[np.ndarray]) -> list[str]:
+def judge_simulated(tables: list[np.ndarray], pairs: bool = False) -> list[str]:
     """Return the verdicts on every row against the first, as the report would give them."""
     claims = []
     values = [dict(enumerate(table.mean(1).tolist())) for table in tables]
     for row in range(1, len(tables)):
         names = {"first": f"row{row}", "second": "row0", "split": "seen", "score": "relation"}
-        claims.append({**difference(values[row], values[0]), **names})
+        claims.append({**difference(values[row], values[0], pairs=pairs), **names})
     return [claim["verdict"] for claim in decide(claims)]
 
 
-def false_verdicts(studies: int, rows: int, seeds: int, pictures: int, seed: int = 0) -> dict[str, Any]:
+def false_verdicts(
+    studies: int, rows: int, seeds: int, pictures: int, seed: int = 0, pairs: bool = False
+) -> dict[str, Any]:
     """Judge A/A studies: the share with at least one verdict, which Holm's correction holds to 5 %."""
-    random = np.random.default_rng([seed, rows, seeds, pictures])
+    random = np.random.default_rng([seed, rows, seeds, pictures, *([4] if pairs else [])])
     wrong = 0
     for _ in range(studies):
-        tables = simulate(random, rows, seeds, pictures)
-        wrong += any(verdict in ("first", "second") for verdict in judge_simulated(tables))
-    return {"rows": rows, "seeds": seeds, "pictures": pictures, **share(wrong, studies)}
+        tables = simulate(random, rows, seeds, pictures, pairs=pairs)
+        wrong += any(verdict in ("first", "second") for verdict in judge_simulated(tables, pairs))
+    return {"rows": rows, "seeds": seeds, "pictures": pictures, **_form(pairs), **share(wrong, studies)}
 
 
 def other_intervals(studies: int, seeds: int, pictures: int, seed: int = 0) -> dict[str, Any]:
@@ -68,26 +77,33 @@ def other_intervals(studies: int, seeds: int, pictures: int, seed: int = 0) -> d
 
 
 def planted_effects(
-    studies: int, seeds: int, pictures: int, planted: float, seed: int = 0, rows: int = 2
+    studies: int, seeds: int, pictures: int, planted: float, seed: int = 0, rows: int = 2, pairs: bool = False
 ) -> dict[str, Any]:
     """Plant a difference in the last row and count how often it is found, beside what `power` promises.
 
     The promise is made from the true spreads, which are measured on 20,000 simulated seeds. With more than two rows it
     is that of Holm's strictest step, a lower bound.
     """
-    random = np.random.default_rng([seed, 2, seeds, pictures, rows])
-    truth = simulate(np.random.default_rng([seed, 3]), 2, 20_000, pictures, planted)
+    random = np.random.default_rng([seed, 2, seeds, pictures, rows, *([4] if pairs else [])])
+    truth = simulate(np.random.default_rng([seed, 3]), 2, 20_000, pictures, planted, pairs)
     plain, better = (table.mean(1) for table in truth)
     found = 0
     for _ in range(studies):
-        found += judge_simulated(simulate(random, rows, seeds, pictures, planted))[-1] == "first"
+        found += judge_simulated(simulate(random, rows, seeds, pictures, planted, pairs), pairs)[-1] == "first"
     size = float(better.mean() - plain.mean())
-    spread = float(better.std(ddof=1)), float(plain.std(ddof=1))
+    spread: tuple[float, ...] = float(better.std(ddof=1)), float(plain.std(ddof=1))
+    if pairs:
+        spread = (float((better - plain).std(ddof=1)),)
     promised = power(size, spread, (seeds, seeds), (1 - LEVEL) / (rows - 1))
     return {
-        "rows": rows, "seeds": seeds, "pictures": pictures, "difference": round(size, 4),
+        "rows": rows, "seeds": seeds, "pictures": pictures, **_form(pairs), "difference": round(size, 4),
         "promised": round(promised, 4), **share(found, studies),
     }  # fmt: skip
+
+
+def _form(pairs: bool) -> dict[str, str]:
+    """Name the test where it is not Welch's."""
+    return {"method": "paired t over seeds"} if pairs else {}
 
 
 def share(hits: int, count: int) -> dict[str, Any]:
@@ -106,10 +122,15 @@ def calibrate(studies: int = 1_000, seed: int = 0) -> dict[str, Any]:
         "false_verdicts": [
             false_verdicts(studies, rows, seeds, 256, seed)
             for rows, seeds in ((2, 3), (2, 5), (4, 3), (4, 5), (8, 3), (8, 5))
-        ],
+        ]
+        + [false_verdicts(studies, rows, seeds, 256, seed, pairs=True) for rows, seeds in ((2, 3), (2, 5), (5, 5))],
         "other_intervals": [other_intervals(studies, seeds, 256, seed) for seeds in (3, 5)],
         "planted_effects": [
             planted_effects(studies, seeds, 256, planted, seed, rows)
             for rows, seeds, planted in ((2, 3, 1.2), (2, 5, 0.8), (2, 10, 0.5), (4, 5, 1.2))
+        ]
+        + [
+            planted_effects(studies, seeds, 256, planted, seed, rows, pairs=True)
+            for rows, seeds, planted in ((2, 3, 0.6), (2, 5, 0.4), (5, 5, 0.6))
         ],
     }

@@ -22,9 +22,11 @@ _ORDER = ("first", "second", "none", "no spread", "one seed")
 
 
 def claimed_scores(files: Files) -> list[str]:
-    """Return the scores that the study gives verdicts on: those it names, else its headline."""
-    named = [score for score in files.study["claims"]["scores"] if score in files.scores]
-    return named or [score for score in (files.headline,) if score is not None]
+    """Return the scores that the study gives verdicts on: those it names and measured, or its headline."""
+    named = files.study["claims"]["scores"]
+    if named:
+        return [score for score in named if score in files.scores]
+    return [score for score in (files.headline,) if score is not None]
 
 
 def pairs_of_rows(files: Files) -> list[tuple[str, str]]:
@@ -43,7 +45,7 @@ def judge_claims(files: Files) -> list[Difference]:
     splits = [split for split in files.study["claims"]["splits"] or files.splits if split in files.splits]
     found = []
     for first, second in pairs_of_rows(files):
-        pairs = _paired_by_design(files, first, second)
+        pairs = paired_by_design(files, first, second)
         for split, score in itertools.product(splits, claimed_scores(files)):
             a, b = (_values(files.of(row), split, score) for row in (first, second))
             if a and b:
@@ -52,7 +54,7 @@ def judge_claims(files: Files) -> list[Difference]:
     return decide(found)
 
 
-def _paired_by_design(files: Files, first: str, second: str) -> bool:
+def paired_by_design(files: Files, first: str, second: str) -> bool:
     """Follow the study's own rule, which knows no result."""
     rule = files.study["claims"]["pairs"]
     if rule == "auto":
@@ -183,6 +185,9 @@ def _warnings(files: Files) -> list[str]:
                 f"{cell.folder.name} was judged at {judged:,} of its {trained:,} images: what came later does not "
                 f"verify or was not judged. It does not compare with cells that were judged at their end."
             )
+    unmeasured = [score for score in files.study["claims"]["scores"] if score not in files.scores]
+    if unmeasured:
+        found.append(f"Claimed and not measured on this data: {', '.join(unmeasured)}.")
     missing = [cell.folder.name for cell in files.cells if cell.result is None]
     if missing:
         found.append(f"Not judged: {', '.join(missing)}.")
@@ -203,8 +208,9 @@ def _of_before(files: Files) -> list[str]:
 
 
 def varies(files: Files) -> list[str]:
-    """Return the fields in which stamps may differ: the study's own, and the steps that it solved."""
-    return [*files.study["varies"], *(["sampling.num_steps"] if files.study["equal_flops"] else [])]
+    """Return the fields in which stamps may differ: the study's own, the steps that it solved, what it let through."""
+    allowed = [field for kept in files.book["rows"].values() for field in kept["confounded"]]
+    return [*files.study["varies"], *(["sampling.num_steps"] if files.study["equal_flops"] else []), *allowed]
 
 
 def incomparable(files: Files) -> str | None:

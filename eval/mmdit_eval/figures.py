@@ -45,16 +45,39 @@ def figures(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, str]
             training.setdefault(cell.row, []).append(values)
     for cell in files.judged:
         for split in _drawn_splits(files):
-            details = (cell.result or {})["splits"][split]["details"]
-            if "loss_by_level" in details:
-                levels[split].setdefault(cell.row, []).append((details["levels"], details["loss_by_level"]))
+            curve = _loss_by_level((cell.result or {})["splits"][split]["details"], files.one_target)
+            if curve:
+                levels[split].setdefault(cell.row, []).append(curve)
     if training or any(levels.values()):
-        title = "Training loss against images, and validation loss at each t"
-        note = f"Validation: the averaged weights on true pictures, the same noise for every row.{_of_splits(files)}"
-        png = plots.loss_figure(training, levels["seen"], styles, levels["heldout"], files.split_names)
-        drawn.append({"title": title, "note": note, "png": png})
+        drawn.append(_losses(files, styles, training, levels))
     drawn += [*_by_attribute(files, styles), *_guidance(files, styles), *_attention(files)]
     return [{**figure, "width": f"{plots.css_width(figure['png'])}px"} for figure in drawn]
+
+
+def _losses(
+    files: Files, styles: Mapping[str, RowStyle], training: Mapping[str, Any], levels: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
+    """Draw the losses: in training, and of validation at each t."""
+    name = "validation loss" if files.one_target else "velocity loss"
+    title, notes = "Training loss against images", []
+    if any(levels.values()):
+        title += f", and {name} at each t"
+        notes.append("Validation: the averaged weights on true pictures, the same noise for every row.")
+    if not files.one_target:
+        notes.append("Rows were trained on different targets, whose training losses are different numbers.")
+        if any(levels.values()):
+            notes.append("The velocity loss is one error for all, at t of equal ratios of noise to data.")
+    png = plots.loss_figure(training, levels["seen"], styles, levels["heldout"], files.split_names, name)
+    which = _of_splits(files) if any(levels.values()) else ""
+    return {"title": title, "note": " ".join(notes) + which, "png": png}
+
+
+def _loss_by_level(details: Mapping[str, Any], one_target: bool) -> tuple[list[float], list[float]] | None:
+    """Return (t, loss) of one result: of the common loss, in the t of rectified flow, where targets differ."""
+    if one_target:
+        return (details["levels"], details["loss_by_level"]) if "loss_by_level" in details else None
+    found = {float(ratio): loss for ratio, loss in details.get("common_loss_by_ratio", {}).items()}
+    return ([ratio / (1 + ratio) for ratio in found], list(found.values())) if found else None
 
 
 def _drawn_splits(files: Files) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from mmdit_eval.book import read_book
 from mmdit_eval.comparison import read_result
@@ -24,6 +25,7 @@ class Cell:
     Attributes:
         flops: of one forward of one image.
         points: (images, seconds, {split: measured}) along training.
+        target: what was trained, as text: prediction and schedule, which decide what its loss means; "": not known.
     """
 
     row: str
@@ -35,6 +37,7 @@ class Cell:
     result: dict[str, Any] | None = None
     points: list[tuple[int, float, dict[str, Any]]] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
+    target: str = ""
 
     @property
     def pictures(self) -> Path | None:
@@ -107,8 +110,16 @@ class Files:
         return [split for split in SPLITS if any(split in (cell.result or {})["splits"] for cell in self.judged)]
 
     @cached_property
+    def one_target(self) -> bool:
+        """Whether all were trained on one target: else their losses are different numbers."""
+        return len({cell.target for cell in self.judged}) < 2
+
+    @cached_property
     def scores(self) -> list[str]:
+        """What was measured and compares, in the order of a table."""
         known = {n for c in self.judged for split in (c.result or {})["splits"].values() for n in split["scores"]}
+        if not self.one_target:
+            known -= {"validation_loss"}
         return [name for name in SCORES if name in known] + sorted(known - set(SCORES))
 
     @cached_property
@@ -134,7 +145,8 @@ def _read_cell(study: Path, name: str, book: Mapping[str, Any]) -> Cell:
     entry, suite, folder = book["cells"][name], book["study"]["suite"], study / name
     flops = float(book["rows"][entry["row"]]["flops"])
     cell = Cell(entry["row"], entry["seed"], entry["status"], entry.get("reason", ""), folder, flops)
-    log = study / entry.get("trained_as", name) / "metrics.jsonl"
+    trained = study / entry.get("trained_as", name)
+    cell.target, log = _target(trained / "config.yaml"), trained / "metrics.jsonl"
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
         try:
             cell.log.append(json.loads(line))
@@ -154,6 +166,14 @@ def _read_cell(study: Path, name: str, book: Mapping[str, Any]) -> Cell:
         seconds = _interpolate(result["images_seen"], clock) if clock else float("nan")
         cell.points.append((result["images_seen"], seconds, splits))
     return cell
+
+
+def _target(config: Path) -> str:
+    try:
+        diffusion = yaml.safe_load(config.read_text(encoding="utf-8"))["diffusion"]
+        return json.dumps([diffusion["prediction"], diffusion["schedule"]], sort_keys=True)
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return ""
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------

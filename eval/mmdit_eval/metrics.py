@@ -17,6 +17,8 @@ import numpy as np
 from mmdit.config import EmojiConfig, SuiteConfig
 from mmdit.diffusion.loss import equidistant_levels
 from mmdit_eval.alignment import retrieve_captions, score_captions
+from mmdit_eval.composition import METRICS as ATTRIBUTES
+from mmdit_eval.composition import score_composition
 from mmdit_eval.distance_metrics import DISTANCES
 from mmdit_eval.drawn import VALIDATION_LEVELS, Drawn, Measured, Reference, rounded, training_features
 from mmdit_eval.features import hash_tensors, load_clip, tiny_clip
@@ -42,9 +44,11 @@ class Metric:
         judged_by: what judges, for a stamp, where that depends on the suite and on the kind of data set.
         logits: the extractor must be a classifier.
         looks: lines of `drawn.LOOKS`.
+        scores: the lines of `scores.SCORES` that it may give; which ones it does give depends on the data.
     """
 
     function: Callable[[Drawn], Measured]
+    scores: tuple[str, ...]
     data: str | None = None
     judge: Callable[[], str] | None = None
     judged_by: Callable[[SuiteConfig, str], Any] | None = None
@@ -54,9 +58,6 @@ class Metric:
 
 def _composition(drawn: Drawn) -> Measured:
     """Read the pictures back by the oracle."""
-    from mmdit_eval.composition import METRICS as ATTRIBUTES
-    from mmdit_eval.composition import score_composition
-
     reference = drawn.reference
     long_form = [reference.dataset.long_form(int(i)) for i in reference.indices]
     result = score_composition(drawn.images, reference.dataset.scenes(reference.indices), long_form)
@@ -220,19 +221,24 @@ def _emoji_bank(config_json: str) -> Any:
 
 
 SETS = ("features", "true_features")
+QUESTIONS = ("same_base", "same_tone", "same_gender", "r_at_1", "r_at_5")
 METRICS: dict[str, Metric] = {
-    "composition": Metric(_composition, data="shapes"),
-    "retrieval": Metric(_retrieval, judged_by=_retrieval_stamp, looks=("clip_embeds",)),
-    "clip_score": Metric(_clip_score, judged_by=_clip_stamp, looks=("clip_embeds",)),
-    "frechet": Metric(_frechet, looks=SETS),
-    "frechet_infinity": Metric(_distance("frechet_infinity"), looks=SETS),
-    "kernel": Metric(_kernel, looks=SETS),
-    "cmmd": Metric(_cmmd, looks=SETS),
-    "precision_recall": Metric(_distance("precision_recall"), looks=SETS),
-    "inception_score": Metric(_inception_score, logits=True, judge=lambda: "logits without bias", looks=("features",)),
-    "memorisation": Metric(_memorisation, looks=SETS),
-    "validation_loss": Metric(_validation_loss, looks=("losses",)),
-    "common_loss": Metric(_common_loss, looks=("common_losses",)),
+    "composition": Metric(_composition, ATTRIBUTES, data="shapes"),
+    "retrieval": Metric(_retrieval, QUESTIONS, judged_by=_retrieval_stamp, looks=("clip_embeds",)),
+    "clip_score": Metric(_clip_score, ("clip_score",), judged_by=_clip_stamp, looks=("clip_embeds",)),
+    "frechet": Metric(_frechet, ("frechet",), looks=SETS),
+    "frechet_infinity": Metric(_distance("frechet_infinity"), ("frechet_infinity",), looks=SETS),
+    "kernel": Metric(_kernel, ("kernel",), looks=SETS),
+    "cmmd": Metric(_cmmd, ("cmmd",), looks=SETS),
+    "precision_recall": Metric(
+        _distance("precision_recall"), ("precision", "recall", "density", "coverage"), looks=SETS
+    ),
+    "inception_score": Metric(
+        _inception_score, ("inception_score",), logits=True, judge=lambda: "logits without bias", looks=("features",)
+    ),
+    "memorisation": Metric(_memorisation, ("copied", "closer"), looks=SETS),
+    "validation_loss": Metric(_validation_loss, ("validation_loss",), looks=("losses",)),
+    "common_loss": Metric(_common_loss, ("common_loss",), looks=("common_losses",)),
 }
 
 

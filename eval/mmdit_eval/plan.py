@@ -8,7 +8,7 @@ Nothing is trained here; `scripts/ablate.py --dry-run` prints it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from mmdit.data import make_dataset
 from mmdit.models.matching import By, Match, NoMatchError, solve
 from mmdit.registry import lookup
 from mmdit_eval.cost import Cost, check_match, cost_of, drawing_cost, latent_size, sampling_meter
+from mmdit_eval.metrics import METRICS
 from mmdit_eval.scores import SCORES
 from mmdit_eval.suite import check_suite, too_few
 
@@ -92,9 +93,11 @@ def make_plan(study: StudyConfig, source: str = "study") -> Plan:
     confounded = confounded_rows(study, cells)
     for configs in cells.values():
         suite = check_suite(study.suite, next(iter(configs.values())))
+        _check_measured(study, suite.metrics, source)
         for split in study.claims.splits:
             if split not in suite.splits:
                 raise ConfigError(f"{source}: claims.splits has {split!r}, the suite's splits are {suite.splits}")
+    remarks = _remarks_on_targets(study, cells, source)
     cells, notes = _matched(study, cells, source)
     costs = {row: cost_of(next(iter(configs.values()))) for row, configs in cells.items()}
     if study.match is not None and not study.match.solve:
@@ -109,7 +112,35 @@ def make_plan(study: StudyConfig, source: str = "study") -> Plan:
         cells = _equal_drawing(study, cells, costs)
     costs = {row: drawing_cost(next(iter(cells[row].values())), cost) for row, cost in costs.items()}
     first = next(iter(next(iter(cells.values())).values()))
-    return Plan(cells, costs, trainings(cells), confounded, notes, remarks_on_judging(study.suite, first))
+    remarks += remarks_on_judging(study.suite, first)
+    return Plan(cells, costs, trainings(cells), confounded, notes, remarks)
+
+
+def _check_measured(study: StudyConfig, metrics: Sequence[str], source: str) -> None:
+    """Refuse a claim that no metric of the suite would ever decide."""
+    measured = [score for name in metrics for score in METRICS[name].scores]
+    for score in study.claims.scores:
+        if score not in measured:
+            givers = [name for name, metric in METRICS.items() if score in metric.scores]
+            raise ConfigError(
+                f"{source}: claims.scores has {score!r}, which suite.metrics {list(metrics)} do not measure; add "
+                f"{givers[0]!r} to them, or claim one of {measured}"
+            )
+
+
+def _remarks_on_targets(study: StudyConfig, cells: Cells, source: str) -> tuple[str, ...]:
+    """Say that losses of different targets do not compare; refuse a claim on them."""
+    configs = [next(iter(seeds.values())) for seeds in cells.values()]
+    targets = {(config.diffusion.prediction, config.diffusion.schedule.model_dump_json()) for config in configs}
+    if len(targets) == 1 or "validation_loss" not in study.suite.for_data(configs[0].data.name).metrics:
+        return ()
+    told = (
+        f"rows are trained on {len(targets)} targets (prediction, schedule), whose validation losses are different "
+        f"numbers; 'common_loss' in suite.metrics is one error for all"
+    )
+    if "validation_loss" in study.claims.scores:
+        raise ConfigError(f"{source}: claims.scores has 'validation_loss', but {told}")
+    return (f"{told}. The report leaves validation_loss out",)
 
 
 def remarks_on_judging(suite: SuiteConfig, config: RunConfig) -> tuple[str, ...]:

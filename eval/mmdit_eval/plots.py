@@ -177,9 +177,15 @@ def loss_figure(
     styles: Mapping[str, RowStyle],
     heldout_by_level: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
     names: Mapping[str, str],
+    validated: str = "validation loss",
 ) -> str:
-    """Draw training loss against images, and validation loss at each t: base64 PNG. Of several seeds the mean."""
-    figure, axes = _figure(2, rows=len(styles))
+    """Draw training loss against images, and where it was measured the loss at each t: base64 PNG.
+
+    Of several seeds the mean.
+    """
+    panels = 2 if by_level or heldout_by_level else 1
+    figure, axes = _figure(panels, rows=len(styles))
+    axes = np.atleast_1d(axes)
     for row, runs in training.items():
         images, loss = _mean_curve(runs)
         axes[0].plot(1e-3 * images, smooth(loss), color=styles[row].colour, linewidth=1.8)
@@ -200,9 +206,10 @@ def loss_figure(
                 t, loss, color=styles[row].colour, linestyle=dashes, marker=styles[row].mark, markersize=4,
                 linewidth=1.8, markeredgewidth=0,
             )  # fmt: skip
-    axes[1].set_xlabel("t (0 data, 1 noise)")
-    axes[1].set_ylabel("validation loss at t")
-    axes[1].set_xlim(0, 1.03)
+    if panels == 2:
+        axes[1].set_xlabel("t (0 data, 1 noise)")
+        axes[1].set_ylabel(f"{validated} at t")
+        axes[1].set_xlim(0, 1.03)
     drawn = {s: names[s] for s, levels in (("seen", by_level), ("heldout", heldout_by_level)) if levels}
     _legend(figure, styles, drawn, False)
     return _png(figure)

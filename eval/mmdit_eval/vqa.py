@@ -85,4 +85,4 @@ def vqa_metric(scorer: Scorer, batch_size: int = 16) -> Metric:
         values = vqa_scores(scorer, drawn.images, drawn.reference.captions, batch_size)
         return Measured({"vqa_score": mean_interval(values)}, {"vqa_score": [round(float(v), 6) for v in values]})
 
-    return Metric(metric, judge=lambda: f"{scorer.name}-{scorer.fingerprint}")
+    return Metric(metric, ("vqa_score",), judge=lambda: f"{scorer.name}-{scorer.fingerprint}")

@@ -162,6 +162,55 @@ def test_rows_under_several_guidances_are_drawn_against_each_other(study):
     assert "unet is confounded: it differs from the reference in train.lr too" in page
 
 
+def test_what_was_claimed_and_not_measured_is_said_and_nothing_else_takes_its_place(study):
+    book = json.loads((study / "study.json").read_text())
+    book["study"]["claims"]["scores"] = ["relation"]
+    (study / "study.json").write_text(json.dumps(book))
+    said = verdict(read_study(study))
+    assert not any("unet" in sentence and "mmdit" in sentence for sentence in said)
+    assert "Claimed and not measured on this data: relation." in said
+
+
+def test_a_row_that_was_let_through_as_confounded_leaves_the_others_their_verdicts(tmp_path):
+    study = widen(write_study(tmp_path, seeds=(0, 1, 2)), 3)
+    for path in study.glob("row_2-s*/eval/*.json"):
+        result = json.loads(path.read_text())
+        result["stamp"]["inference"]["sampling.num_steps"] = 50
+        path.write_text(json.dumps(result))
+    assert verdict(read_study(study))[0].startswith("The rows are not comparable")
+    book = json.loads((study / "study.json").read_text())
+    book["rows"]["row_2"] = {**book["rows"]["row_2"], "confounded": ["sampling.num_steps"]}
+    (study / "study.json").write_text(json.dumps(book))
+    said = verdict(read_study(study))
+    assert not said[0].startswith("The rows are not comparable")
+    assert any("row_2 is confounded" in sentence for sentence in said)
+    assert {claim["first"] for claim in summary(read_study(study))["claims"]} == {"unet", "row_2"}
+
+
+@pytest.mark.parametrize("common", [True, False])
+def test_losses_of_different_targets_stand_in_no_table_and_no_figure_together(study, common):
+    for row, prediction in (("mmdit", "velocity"), ("unet", "v")):
+        tree = {"diffusion": {"prediction": prediction, "schedule": {"name": "rectified_flow", "shift": 3.0}}}
+        (study / f"{row}-s0/config.yaml").write_text(yaml.safe_dump(tree))
+        for path in (study / f"{row}-s0/eval").glob("*.json"):
+            result = json.loads(path.read_text())
+            for found in result["splits"].values():
+                found["scores"]["validation_loss"] = mean_interval([0.3, 0.4], draws=20)
+                if common:
+                    found["details"]["common_loss_by_ratio"] = {"0.142857": 0.9, "1.0": 0.4, "7.0": 0.6}
+            path.write_text(json.dumps(result))
+    files = read_study(study)
+    assert "validation_loss" not in files.scores
+    [losses] = [f for f in figures(files, row_styles(files.rows)) if f["title"].startswith("Training loss")]
+    assert "different targets" in losses["note"]
+    assert ("velocity loss at each t" in losses["title"]) == common
+    (study / "unet-s0/config.yaml").write_text((study / "mmdit-s0/config.yaml").read_text())
+    files = read_study(study)
+    assert "validation_loss" in files.scores
+    [losses] = [f for f in figures(files, row_styles(files.rows)) if f["title"].startswith("Training loss")]
+    assert losses["title"].endswith("validation loss at each t")
+
+
 def test_many_rows_stand_down_the_tables_each_with_a_colour_and_mark_of_its_own(tmp_path):
     folder = widen(write_study(tmp_path, seeds=(0, 1)), 9)
     page = write_report(folder).read_text()

@@ -6,7 +6,9 @@ import pytest
 import yaml
 from mmdit_eval.book import FORMAT, read_book
 from mmdit_eval.cost import drawing_cost
+from mmdit_eval.metrics import METRICS
 from mmdit_eval.plan import STATED_RATE, cell_seconds, checkpoints_kept, disk_bytes, make_plan
+from mmdit_eval.scores import SCORES
 from mmdit_eval.study import run_study
 
 from mmdit.config import (
@@ -96,6 +98,25 @@ def test_a_row_written_twice_is_refused_by_name(write):
     file.write_text(file.read_text().replace("rows:\n  plain: {}", "rows:\n  plain: {}\n  plain: {}"))
     with pytest.raises(ConfigError, match=rf"{file.name}, line \d+: the key 'plain' stands twice"):
         load(file)
+
+
+def test_a_claim_that_nothing_would_decide_is_refused(write):
+    with pytest.raises(ConfigError, match=r"'same_tone', which suite\.metrics \['frechet'\] do not.*add 'retrieval'"):
+        make_plan(load(write(claims={"scores": ["same_tone"]})))
+    assert all(set(metric.scores) <= set(SCORES) and metric.scores for metric in METRICS.values())
+
+
+def test_losses_of_different_targets_are_not_claimed_and_not_silently_compared(write):
+    changed = {
+        "rows": {"flow": {}, "v": {"diffusion": {"prediction": "v"}}},
+        "suite": {"name": "mini", "metrics": ["frechet", "validation_loss"], "num_images": 4,
+                  "extractor": "pixel_statistics"},
+    }  # fmt: skip
+    assert any(
+        "2 targets" in remark and "common_loss" in remark for remark in make_plan(load(write(**changed))).remarks
+    )
+    with pytest.raises(ConfigError, match="'validation_loss', but rows are trained on 2 targets"):
+        make_plan(load(write(**changed, claims={"scores": ["validation_loss"]})))
 
 
 def test_a_confounded_row_is_named_when_it_is_allowed(write):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from mmdit_eval import executor, slurm, study
@@ -184,6 +185,24 @@ def test_power_plans_from_a_pilots_spread(tmp_path, request):
     assert lines[1024]["seeds"] == seeds_needed(0.05, (deviation, deviation))
     assert all(line["careful"] is None or line["careful"] >= line["seeds"] for line in found["lines"])
     assert plan_from_pilot(folder, "frechet", 0.1)["spread"]["sample"] == 0.0
+    assert not found["pairs"]
+    book = json.loads((folder / "study.json").read_text())
+    book["study"]["claims"]["pairs"] = "seeds"  # the spread of the differences, and Student's test of them
+    (folder / "study.json").write_text(json.dumps(book))
+    found = plan_from_pilot(folder, "frechet", 0.05)
+    assert found["pairs"]
+    assert found["spread"]["df"] == 2
+    rows = [
+        [json.loads((folder / f"{row}-s{seed}/eval/tiny-000000003000.json").read_text()) for seed in range(3)]
+        for row in ("mmdit", "unet")
+    ]
+    values = [[cell["splits"]["seen"]["scores"]["frechet"]["value"] for cell in cells] for cells in rows]
+    apart = float(np.std(np.subtract(*values), ddof=1))
+    assert found["spread"]["training"] == pytest.approx(apart, rel=1e-9)
+    assert found["lines"][0]["seeds"] == seeds_needed(0.05, (found["spread"]["training"],))
+    assert plan_from_pilot(folder, "all_correct", 5.0)["spread"]["sample"] > 0
+    book["study"]["claims"]["pairs"] = "auto"
+    (folder / "study.json").write_text(json.dumps(book))
     for arguments, message in ((("relatio", 2.0), "unknown score"), (("all_correct", 0.0), "above 0")):
         with pytest.raises(ConfigError, match=message):
             plan_from_pilot(folder, *arguments)
