@@ -145,11 +145,14 @@ def _guidance(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, st
         for row, sampling in kept.items():
             found = {"x": estimate(files.of(row), split, x), "y": estimate(files.of(row), split, y)}
             if None not in found.values():
-                kind, scale = sampling.get("negative_guidance", "cfg"), sampling.get("guidance_scale", 0.0)
-                points.append({"row": row, "label": row, "split": split, "scale": scale, "kind": kind, **found})
+                scale = sampling.get("guidance_scale", 0.0)
+                rest = {**sampling, "guidance_scale": None}
+                only_scale = sampling.get("negative_guidance", "cfg") == "cfg"
+                curve = json.dumps([files.book["rows"][row]["trained_as"], rest]) if only_scale else None
+                points.append({"row": row, "label": row, "split": split, "scale": scale, "curve": curve, **found})
     if not points:
         return []
-    note = "Up and to the left is better. Crosses are 95 % intervals; the line joins scales of one kind of guidance."
+    note = "Up and to the left is better. Crosses are 95 % intervals; a line joins scales of one network."
     png = plots.guidance_figure(points, (x, y), styles, files.split_names)
     return [{"title": "What guidance buys, and what it costs", "note": note, "png": png}]
 

@@ -143,7 +143,8 @@ def guidance_figure(
     """Draw two scores of rows that differ in guidance against each other, with intervals of both: base64 PNG.
 
     Args:
-        points: [{"row", "label", "split", "scale", "x": estimate, "y": estimate}].
+        points: [{"row", "label", "split", "curve", "scale", "x": estimate, "y": estimate}]; those of one curve (None:
+            of none) are joined in the order of their scales.
         scores: of x and of y.
     """
     splits = list(dict.fromkeys(point["split"] for point in points))
@@ -152,8 +153,9 @@ def guidance_figure(
     for axis, split in zip(np.atleast_1d(axes), splits, strict=True):
         here = sorted((p for p in points if p["split"] == split), key=lambda p: p["scale"])
         line = np.array([[styles[i].factor * p[k]["value"] for i, k in enumerate("xy")] for p in here])
-        if all(p["kind"] == "cfg" for p in here):
-            axis.plot(*line.T, color=CEILING, linewidth=1.2, zorder=1)
+        for curve in {p["curve"] for p in here} - {None}:
+            joined = line[[p["curve"] == curve for p in here]]
+            axis.plot(*joined.T, color=CEILING, linewidth=1.2, zorder=1)
         for p, (x, y) in zip(here, line, strict=True):
             for key, style, draw in (("x", styles[0], axis.hlines), ("y", styles[1], axis.vlines)):
                 if p[key]["low"] is not None:

@@ -252,15 +252,18 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
 
 
 def _varied(files: Files) -> list[str]:
-    """Return the fields of `varies` in which rows really differ."""
+    """Return the fields of `varies` in which rows really differ; of two backbones the whole `model` does."""
     trees = [*files.study["rows"].values()]
     for axis, values in files.study.get("factorial", {}).items():
         trees += list(values.values()) if isinstance(values, dict) else [{axis: values}]
     touched = {path for tree in trees for path in _leaves(tree)}
-    return [
+    found = [
         field for field in files.study["varies"]
         if any(f"{path}.".startswith(f"{field}.") or f"{field}.".startswith(f"{path}.") for path in touched)
     ] or list(files.study["varies"])  # fmt: skip
+    if "model.name" in found:
+        return ["model", *(field for field in found if not field.startswith("model."))]
+    return found
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:

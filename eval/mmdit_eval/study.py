@@ -12,7 +12,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from mmdit.config import (
 )
 from mmdit.stopping import handled
 from mmdit_eval import executor
-from mmdit_eval.book import Book, cell_name, check_book
+from mmdit_eval.book import Book, cell_name, check_book, read_book
 from mmdit_eval.judging import judge
 
 Say = Callable[[str], None]
@@ -78,6 +78,7 @@ def run_study(
 
     study_dir.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "scripts/ablate.py", str(path), *overrides])
+    _say_what_leaves(study_dir, study, plan.cells, say)
     book = Book(study_dir, study, {row: plan.describe(row) for row in plan.cells}, command)
     with interruptible():
         train_cells(book, study, plan.cells, study_dir, say)
@@ -88,6 +89,18 @@ def run_study(
         say(f"failed: {name}: {book.cells[name]['reason']}")
     say(f"report: {report}")
     return 1 if failed else 0
+
+
+def _say_what_leaves(study_dir: Path, study: StudyConfig, rows: Iterable[str], say: Say) -> None:
+    """Name cells of an earlier run of this study that are no part of it any more: `--seeds [3]` means no other."""
+    if (study_dir / "study.json").is_file():
+        wanted = {cell_name(row, seed) for row in rows for seed in study.seeds}
+        left = [name for name in read_book(study_dir / "study.json")["cells"] if name not in wanted]
+        if left:
+            say(
+                f"\nnot in this study any more, and not in its report: {', '.join(left)}. Their folders stay; name "
+                f"their rows and seeds again to take them up"
+            )
 
 
 def write_reports(study: Path, say: Say = print, out: str | Path = "runs") -> Path:

@@ -290,6 +290,12 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     tree = merge(read_yaml(path), parse_overrides(overrides))
     if isinstance(tree.get("base"), str):
         tree["base"] = path.parent / tree["base"]
+    for name in tree:
+        if name in RunConfig.model_fields and name not in (*StudyConfig.model_fields, "seed"):
+            raise ConfigError(
+                f"{path}: {name} belongs to a run, a study has it under rows (for one row) or overrides (for all): "
+                f"overrides: {{{name}: ...}}"
+            )
     return validate(StudyConfig, tree, str(path))
 
 

@@ -40,8 +40,8 @@ def row_configs(study: StudyConfig) -> Cells:
             raise ConfigError(
                 f"row {other!r} differs from row {reference_row(study, cells)!r} in {fields[0]}, which is outside the "
                 f"study's varies: {list(study.varies)}. A difference in results could then not be laid to the "
-                f"conditioning. Add the field to varies:, or set allow_confounded: true, which marks the row in the "
-                f"report"
+                f"conditioning. Name it in varies: (which then stands for the whole list), or set allow_confounded: "
+                f"true, which marks the row in the report"
             )
     if study.suite.sampling is not None and len(trainings(cells)) > len(set(trainings(cells).values())):
         raise ConfigError(
@@ -142,8 +142,11 @@ def confounded_rows(study: StudyConfig, cells: Cells) -> dict[str, list[str]]:
     allowed = [*study.varies, *(["sampling.num_steps"] if study.equal_flops else [])]
     found: dict[str, list[str]] = {}
     for row in cells:
-        for field in differences(to_tree(cells[reference][seed]), to_tree(cells[row][seed])):
-            if field != "name" and not any(field == v or field.startswith(v + ".") for v in allowed):
+        ours, theirs = to_tree(cells[row][seed]), to_tree(cells[reference][seed])
+        other = ours["model"]["name"] != theirs["model"]["name"] and "model.name" in allowed
+        free = [*allowed, "model"] if other else allowed
+        for field in differences(theirs, ours):
+            if field != "name" and not any(field == v or field.startswith(v + ".") for v in free):
                 found.setdefault(row, []).append(field)
     return found
 

@@ -79,6 +79,12 @@ class RunConfig(Config):
                 f"{pooled_width(text, encoders.pooled)} with encoders.pooled {encoders.pooled!r}; leave it out to take "
                 f"theirs"
             )
+        if model.injection == "pooled" and encoders.use == ("t5",) and encoders.pooled == "clip":
+            raise ValueError(
+                "nothing of the text would reach the denoiser: model.injection 'pooled' reads the pooled vector alone, "
+                "which encoders.pooled 'clip' takes from encoders that encoders.use ['t5'] leaves out; set "
+                "encoders.pooled: clip+t5"
+            )
         streams, given = STREAM_WIDTHS.get(encoders.text), dict(model.text_streams or ())
         if streams is not None and reads_streams(model) and given != streams:
             raise ValueError(

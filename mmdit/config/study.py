@@ -12,8 +12,18 @@ from mmdit.config.parts import Config
 from mmdit.config.run import SuiteConfig
 
 # What a study varies unless it says otherwise: how text enters, and what the network is asked for. Dotted prefixes.
+# Where `model.name` varies and two rows differ in it, all else of `model` may differ too: it has no counterpart.
 CONDITIONING_AXES = (
-    "model",
+    "model.name",
+    "model.injection",
+    "model.weight_sets",
+    "model.text_projection",
+    "model.text_streams",
+    "model.text_stages",
+    "model.text_in_query",
+    "model.context_dim",
+    "model.pooled_dim",
+    "model.qk_norm",
     "diffusion",
     "encoders.use",
     "encoders.pooled",

@@ -351,6 +351,13 @@ def test_combinations_that_make_no_sense_are_refused_with_the_reason(overrides, 
         load_config(None, {"model": overrides})
 
 
+def test_a_run_that_no_text_would_reach_is_refused():
+    silent = {"model": {"injection": "pooled"}, "encoders": {"use": ["t5"]}}
+    with pytest.raises(ConfigError, match="nothing of the text would reach the denoiser"):
+        load_config(None, silent)
+    load_config(None, {**silent, "encoders": {"use": ["t5"], "pooled": "clip+t5"}})
+
+
 def test_streams_must_be_named_where_the_encoders_are_unknown():
     with pytest.raises(ConfigError, match="text_streams must name each stream"):
         model_config("crossdit", injection="decoupled")

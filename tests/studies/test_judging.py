@@ -41,6 +41,7 @@ def study_file(tmp_path, micro):
         "name": "mini",
         "base": "base.yaml",
         "rows": {"plain": {}, "free": {"sampling": {"negative_guidance": "none"}}, "other": {"model": {"depth": 1}}},
+        "varies": ["model", "sampling"],
         "match": None,
         "seeds": [0, 1],
         "overrides": {"train": {"checkpoint_every": 24, "keep_every": 24}},

@@ -28,7 +28,8 @@ def study_file(tmp_path, micro):
     suite = {"num_images": 6, "extractor": "pixel_statistics", "grid_prompts": 2}
     rows = {"mmdit": {}, "wide": {"model": {"mlp_ratio": 3.0}}}
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump({"name": "own", "base": "base.yaml", "rows": rows, "match": None, "suite": suite}))
+    study = {"name": "own", "base": "base.yaml", "rows": rows, "varies": ["model"], "match": None, "suite": suite}
+    path.write_text(yaml.safe_dump(study))
     return path
 
 

@@ -93,11 +93,26 @@ def test_what_cannot_be_a_study_is_refused_in_words(write, changes, message):
         row_configs(load(write(**changes)))
 
 
+def test_a_field_of_a_run_in_a_study_is_told_its_place(write):
+    with pytest.raises(ConfigError, match=r"data belongs to a run, .*overrides: \{data: \.\.\.\}"):
+        load(write(data={"name": "shapes"}))
+
+
 def test_a_row_written_twice_is_refused_by_name(write):
     file = write()
     file.write_text(file.read_text().replace("rows:\n  plain: {}", "rows:\n  plain: {}\n  plain: {}"))
     with pytest.raises(ConfigError, match=rf"{file.name}, line \d+: the key 'plain' stands twice"):
         load(file)
+
+
+@pytest.mark.parametrize("field", ["depth", "patch_size"])
+def test_a_row_of_the_same_backbone_may_not_change_its_size_and_another_backbone_may(write, micro_unet, field):
+    file = write(rows={"plain": {}, "unet": {"model": micro_unet}, "shared": {"model": {"weight_sets": 1}}})
+    assert confounded_rows(load(file), row_configs(load(file))) == {}
+    file = write(rows={"plain": {}, "other": {"model": {field: 1}}})
+    with pytest.raises(ConfigError, match=rf"'other' differs from row 'plain' in model\.{field}, which is outside"):
+        row_configs(load(file))
+    assert list(row_configs(load(file, "--varies", "[model]"))) == ["plain", "other"]
 
 
 def test_a_claim_that_nothing_would_decide_is_refused(write):
@@ -144,7 +159,7 @@ def test_a_budget_in_images_seconds_or_flops(write):
     seconds = row_configs(load(write(budget={"by": "seconds", "amount": 2.5})))["plain"][0]
     assert seconds.train.seconds == 2.5
     rows = {"plain": {}, "deep": {"model": {"depth": 4}}}
-    plan = make_plan(load(write(rows=rows, budget={"by": "flops", "amount": 2.0e8})))
+    plan = make_plan(load(write(rows=rows, varies=["model"], budget={"by": "flops", "amount": 2.0e8})))
     for row in rows:
         spent = 3 * plan.costs[row].flops * plan.first(row).train.images
         assert 0 <= 2.0e8 - spent < 3 * plan.costs[row].flops * plan.first(row).train.batch_size
@@ -156,12 +171,12 @@ def test_a_budget_in_images_seconds_or_flops(write):
 def test_widths_are_solved_until_rows_agree(write):
     rows = {"plain": {"model": {"width": 64, "num_heads": 4}}, "deep": {"model": {"depth": 4}}}
     for by in ("parameters", "flops"):
-        plan = make_plan(load(write(rows=rows, match={"by": by, "within": 0.02, "solve": True})))
+        plan = make_plan(load(write(rows=rows, varies=["model"], match={"by": by, "within": 0.02, "solve": True})))
         sizes = [getattr(plan.costs[row], by) for row in rows]
         assert abs(sizes[1] / sizes[0] - 1) <= 0.02
         assert "mlp_ratio" in plan.describe("deep")["match"]
         assert all(c.model == plan.first("deep").model for c in plan.cells["deep"].values())
-    study = load(write(rows=rows, match={"within": 1e-6, "solve": True}))
+    study = load(write(rows=rows, varies=["model"], match={"within": 1e-6, "solve": True}))
     with pytest.raises(ConfigError, match=r"row 'deep'.*nearest"):
         make_plan(study)
 

@@ -98,6 +98,9 @@ def test_an_interrupted_cell_ends_the_study_and_the_next_call_goes_on(study_file
     monkeypatch.setattr(study, "judge", lambda *given: None)
     assert run_study(study_file, out=tmp_path / "runs", say=silent) == 0
     assert called == ["mmdit-s0", "unet-s0"]
+    said = []
+    assert run_study(study_file, ["--seeds", "[1]"], out=tmp_path / "runs", say=said.append) == 0
+    assert any("not in this study any more, and not in its report: mmdit-s0, unet-s0." in text for text in said)
 
 
 def test_finished_cells_keep_their_weights_alone_where_the_study_says_so(study_file, tmp_path, monkeypatch):
