@@ -184,9 +184,10 @@ def test_every_shipped_study_passes_a_dry_run(path, monkeypatch):
     sizes = [found.parameters for found in plan.costs.values()]
     assert max(sizes) <= min(sizes) * (1 + 2 * within)
     assert not plan.confounded
-    for word in ("Question", "Cost", "Found"):
-        if path.stem not in ("quickstart", "emoji", "three_backbones"):
-            assert f"# {word}: " in path.read_text(encoding="utf-8")
+    for word in ("Question", "Cost", "Found", "Command"):
+        assert f"# {word}: " in path.read_text(encoding="utf-8")
+    if len({config.diffusion.model_dump_json() for config in map(plan.first, plan.cells)}) > 1:
+        assert not any("targets" in remark for remark in plan.remarks)
 
 
 @pytest.mark.slow
