@@ -35,12 +35,11 @@ class Canvas:
         style = f'font-size="{size}" text-anchor="{anchor}"{weight} fill="{INK}"'
         self.parts.append(f'<text x="{x}" y="{y}" {style}>{words}</text>')
 
-    def arrow(self, *points: tuple[float, float], color: str = INK, dashed: bool = False) -> None:
+    def arrow(self, *points: tuple[float, float], color: str = INK) -> None:
         """A line through points, with a head at its end."""
         path = " ".join(f"{x},{y}" for x, y in points)
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"{dash} marker-end="url(#head)"/>'
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5" marker-end="url(#head)"/>'
         )
 
     def svg(self) -> str:
@@ -115,8 +114,6 @@ def draw_route(canvas: Canvas, config: UNetConfig, top: float) -> None:
             before = places[i - 1]
             canvas.arrow((before[0] + 39, before[1] + 68), (before[0] + 39, y + 51), (x, y + 51))
             canvas.words(before[0] + 33, y + 44, "norm, W", 11, "end")
-            canvas.arrow((68, top + 62), (68, y + 64), (x, y + 64), dashed=True)
-            canvas.words(74, y + 60, "W states", 11, "start")
         if stop.skips:
             left = next(j for j, other in enumerate(stops) if other.level == stop.level)
             canvas.arrow((places[left][0] + 78, y + 64), (x, y + 64))
@@ -125,8 +122,8 @@ def draw_route(canvas: Canvas, config: UNetConfig, top: float) -> None:
     canvas.arrow((116, top + 45), (133, top + 45), (133, top + 111), (150, top + 111))
     canvas.words(128, top + 130, "W states", 11)
     legend = (
-        "Blue: features with their transformer (skips as in every U-Net). Orange: text tokens, in that level's width. "
-        "The last block reads the text and no longer updates it."
+        "Blue: features with their transformer (skips as in every U-Net). Orange: text tokens, in that level's width; "
+        "beside them every block reads W states. The last one does not update the text."
     )
     canvas.words(20, top + 440, legend, 12, "start")
 

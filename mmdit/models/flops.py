@@ -160,7 +160,6 @@ def _unet(config: UNetConfig, text: Parts, height: int, width: int) -> int:
             channels = D
         if stage:
             total += convolution(sizes[stage - 1], D, D)  # up
-    total += sum(linear(1, 4 * base, count * D) for D, count in route.modulations.values())
     return total + convolution(pixels, channels, config.out_channels)
 
 
@@ -176,11 +175,10 @@ def _transformer(config: UNetConfig, N: int, text: Parts, D: int, depth: int, st
         return 0
     total, L = linear(N, D, 2 * D), _length(text)
     if stop.enters:
-        total += 0 if stop.skips else _projected(config, text, D)
-        total += 0 if stop.carried is None else linear(L, stop.carried, D)
+        total += _projected(config, text, D) if stop.carried is None else linear(L, stop.carried, D)
     for i in range(depth):
         if stop.joint:
-            total += _joint_block(config, N, L, D, stop.last and i == depth - 1)
+            total += _projected(config, text, D) + _joint_block(config, N, L, D, stop.last and i == depth - 1)
         else:
             total += linear(N, D, 4 * D) + attention(N, N, D) + _geglu(config, N, D)
             total += _cross_attention(config, N, text, D) if stop.reads else 0

@@ -204,17 +204,17 @@ class VectorEmbedder(nn.Module):
 
 
 class Modulation(nn.Sequential):
-    """adaLN: `count` vectors of width D from the vector c, of width `source` or D; all zero at initialisation.
+    """adaLN: `count` vectors of width D from the vector c; all zero at initialisation.
 
     Source: Peebles & Xie 2022, arXiv:2212.09748v2, 3.2 (adaLN-Zero).
     """
 
-    def __init__(self, width: int, count: int, source: int | None = None) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(source or width, count * width))
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, count * width))
         self.count = count
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """[B, source] -> `count` tensors [B, 1, D]."""
+        """[B, D] -> `count` tensors [B, 1, D]."""
         return super().forward(c).unsqueeze(1).chunk(self.count, dim=-1)
 
 

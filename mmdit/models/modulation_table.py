@@ -49,13 +49,11 @@ class ModulationTables:
     """
 
     def __init__(self, denoiser: nn.Module, timesteps: Tensor, pooled: Tensor | None, keep: Keep = "place") -> None:
+        names = [name for name, module in denoiser.named_modules() if isinstance(module, Modulation)]
         if any(isinstance(module, _LookUp) for module in denoiser.modules()):
             raise ValueError("this denoiser's modulations are tables already; restore them before building others")
-        names = list(_modulations(denoiser))
-        if not names:
-            raise ValueError(
-                f"a {type(denoiser).__name__} has no adaLN modulations that tables can stand for; leave the tables out"
-            )
+        if not names or not hasattr(denoiser, "t_embedder"):
+            raise ValueError(f"a {type(denoiser).__name__} has no adaLN modulations to tabulate; leave the tables out")
         if timesteps.ndim != 1 or not len(timesteps):
             raise ValueError(f"timesteps must be [T], at least one, got shape {list(timesteps.shape)}")
         self.denoiser, self.keep = denoiser, keep
@@ -141,16 +139,9 @@ def modulation_tables(
             tables.restore()
 
 
-def _modulations(denoiser: nn.Module) -> dict[str, Any]:
-    """Return {name: module} of what tables can stand for: maps of the sum of these two embedders."""
-    if not hasattr(denoiser, "t_embedder"):  # a U-Net, whose joint attention modulates the text
-        return {}
-    return {name: module for name, module in denoiser.named_modules() if isinstance(module, Modulation)}
-
-
 def table_bytes(denoiser: nn.Module, steps: int, rows: int, itemsize: int) -> tuple[int, int]:
     """Return (bytes of the tables, bytes of the weights they would stand for), before building anything."""
-    modules = _modulations(denoiser).values()
+    modules = [module for module in denoiser.modules() if isinstance(module, Modulation)]
     numbers = sum(module[1].weight.shape[0] for module in modules)
     return steps * rows * numbers * itemsize, sum(p.nbytes for module in modules for p in module.parameters())
 

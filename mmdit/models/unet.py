@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from mmdit.config import UNetConfig
 from mmdit.denoiser import Conditioning, attention_records, skipped_layers
-from mmdit.models.layers import Modulation, admit, timestep_embedding
+from mmdit.models.layers import admit, timestep_embedding
 from mmdit.models.text import PerEncoder, project, read_text
 from mmdit.models.unet_attention import Companions, Moving, SpatialTransformer, zero_init
 from mmdit.models.unet_text import TextRoute, TextStop
@@ -155,13 +155,6 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
                 channels = width
 
-        if config.injection == "joint":  # no ResBlock brings the time to the text
-            self.text_modulation = nn.ModuleDict(
-                {str(level): Modulation(D, count, time_dim) for level, (D, count) in route.modulations.items()}
-            )
-            for modulation in self.text_modulation.values():
-                zero_init(modulation[1])
-
         self.out = nn.Sequential(
             nn.GroupNorm(groups, channels),
             nn.SiLU(),
@@ -246,10 +239,7 @@ class UNet(nn.Module):
             text = project(self.context_embedder, states)
         pooled = conditioning.pooled if config.text_in_query else None
         first = None if config.injection == "joint" else text  # a level's entry brings the states in
-        modulations = {}
-        if config.injection == "joint":
-            modulations = {level: modulation(time) for level, modulation in self.text_modulation.items()}
-        return Companions(time, states, first, modulations, {}, pooled, skipped_layers(self), attention_records(self))
+        return Companions(time, states, first, {}, pooled, skipped_layers(self), attention_records(self))
 
     def embed_time(self, timestep: Tensor, pooled: Tensor | None) -> Tensor:
         """Embed network time [B] and, where the config has it, the pooled vector [B, G]: [B, 4 model_channels]."""

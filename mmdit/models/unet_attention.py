@@ -6,7 +6,7 @@ those of the releases). Ours: decoupled and joint attention, and text in the ima
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mmdit.config import UNetConfig
 from mmdit.models.layers import Keys, attend, attention, merge_heads
-from mmdit.models.text import Owner, Text, extend_masks, joint_attention
+from mmdit.models.text import Owner, Text, extend_masks, joint_attention, project, text_projection
 from mmdit.models.unet_text import TextEntry, TextStop
 
 TextTensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # context, mask, negative, its mask
@@ -30,7 +30,6 @@ class Companions(NamedTuple):
         time: embedding of time, and of the pooled text where there is one, [B, 4 model_channels].
         states: the encoders' text, [B, L, E]; None with injection `pooled`.
         text: the same as the transformers take it: joint attention updates it from block to block.
-        modulations: of the text, level -> scale, gate, scale, gate [B, 1, D]; empty without joint attention.
         left: text as the way down left each level, for the way up.
         pooled: [B, G], or None.
         skipped: numbers of the transformer blocks to leave out.
@@ -40,7 +39,6 @@ class Companions(NamedTuple):
     time: Tensor
     states: Text | None
     text: Text | None
-    modulations: Mapping[str, tuple[Tensor, ...]]
     left: Mapping[Any, Text]
     pooled: Tensor | None
     skipped: frozenset[int]
@@ -198,24 +196,23 @@ class TransformerBlock(nn.Module):
 class JointTransformerBlock(nn.Module):
     """One attention over image and text tokens, each projected by its own weights; then a feed-forward for each.
 
-    Stands in the place of self- and cross-attention. Text is modulated by adaLN-Zero: no ResBlock brings it the time,
-    as it does to the image, and its updates begin at zero. All blocks of a level share the map from time, and each adds
-    numbers of its own (`TokenStream.table`); LayerNorms keep their biases, in the place of shifts. `weight_sets` as in
-    MMDiT.
-
-    Source of one map and a table a block: Chen et al. 2023, arXiv:2310.00426, 2.3 (adaLN-single).
+    Stands in the place of self- and cross-attention. Beside the text that travels each block reads the encoders'
+    states anew, as cross-attention does, and where text has weights of its own (`weight_sets` 2 and 3, as in MMDiT)
+    its updates begin at zero. As in the U-Net's other blocks nothing is modulated: time reaches the text through the
+    image tokens that it reads.
     """
 
-    def __init__(self, channels: int, config: UNetConfig, stop: TextStop, last: bool) -> None:
+    def __init__(self, channels: int, config: UNetConfig, last: bool) -> None:
         super().__init__()
-        self.level, self.last, self.sets = str(stop.level), last, config.weight_sets
-        modulations = 1 if last else 4
-        self.image = TokenStream(channels, config, modulations if self.sets == 1 else 0, pooled_dim=_query_dim(config))
+        self.last, self.sets = last, config.weight_sets
+        self.states = text_projection(config, channels)
+        self.image = TokenStream(channels, config, pooled_dim=_query_dim(config))
         if self.sets == 2:
-            self.text: nn.Module = TokenStream(channels, config, modulations, writes=not last)
+            self.text: nn.Module = TokenStream(channels, config, writes=not last, begins_at_zero=True)
         elif self.sets == 3:
+            names = [name for name, _ in config.text_streams or ()]
             self.text = nn.ModuleDict(
-                {n: TokenStream(channels, config, modulations, writes=not last) for n, _ in config.text_streams or ()}
+                {name: TokenStream(channels, config, writes=not last, begins_at_zero=True) for name in names}
             )
 
     def forward(
@@ -223,72 +220,71 @@ class JointTransformerBlock(nn.Module):
     ) -> tuple[Tensor, Text | None]:
         """Update image tokens [B, N, D] and text [B, L, D], masks [B, L + N]; the last block leaves the text."""
         reading = self.image.read(tokens, pooled=companions.pooled)
-        owners, modulation = self._owners(text), companions.modulations[self.level]
-        return joint_attention(tokens, self.image, reading, owners, text, modulation, last=self.last, record=record)
+        if text is None or companions.states is None:
+            return joint_attention(tokens, self.image, reading, [], None, last=self.last, record=record)
+        both = _beside(text, project(self.states, companions.states))
+        owners = self._owners(text)
+        tokens, updated = joint_attention(tokens, self.image, reading, owners, both, last=self.last, record=record)
+        return tokens, text if self.last else updated
 
-    def _owners(self, text: Text | None) -> list[Owner]:
+    def _owners(self, text: Text) -> list[Owner]:
         """Say which weights own which part of the text."""
-        if text is None:
-            return []
         if self.sets == 3:
             return [(self.text[name], start, stop) for name, start, stop in text.parts]
         return [(self.text if self.sets == 2 else self.image, 0, text.context.shape[1])]
 
 
+def _beside(text: Text, states: Text) -> Text:
+    """Put the states beside the text, [B, L, D] and [B, L, D] -> [B, L, 2 D]."""
+    negative = None
+    if text.negative is not None and states.negative is not None:
+        negative = torch.cat([text.negative, states.negative], dim=-1)
+    return text._replace(context=torch.cat([text.context, states.context], dim=-1), negative=negative)
+
+
 class TokenStream(nn.Module):
     """The weights one kind of token owns in a joint block: attention and feed-forward, each behind a LayerNorm.
 
-    Args:
-        modulations: of text: 4 where it is updated, 1 where it is only read; 0 where there are image tokens alone.
-        writes: these weights update tokens.
-        pooled_dim: of the pooled text in the queries, if any.
+    Text comes with the encoders' states beside it, [B, L, 2 D]: what is read is LayerNorm(text) + states, what is
+    updated is the text.
     """
 
     def __init__(
-        self, channels: int, config: UNetConfig, modulations: int, writes: bool = True, pooled_dim: int | None = None
+        self,
+        channels: int,
+        config: UNetConfig,
+        writes: bool = True,
+        begins_at_zero: bool = False,
+        pooled_dim: int | None = None,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.norm1 = nn.LayerNorm(channels)
         self.attn = Attention(channels, channels, _heads(channels, config), pooled_dim)
-        if modulations:
-            self.table = nn.Parameter(torch.zeros(modulations, channels))
         if writes:
             self.norm2 = nn.LayerNorm(channels)
             self.ff = FeedForward(channels, round(channels * config.ff_mult))
+            if begins_at_zero:
+                zero_init(self.attn.to_out[0])
+                zero_init(self.ff.net[-1])
         else:  # text that nobody reads afterwards is read, not updated
             del self.attn.to_q, self.attn.to_out
 
     def read(
-        self,
-        tokens: Tensor,
-        modulation: Sequence[Tensor] | None = None,
-        queries: bool = True,
-        pooled: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor, Tensor, tuple[Tensor, ...]]:
-        """Return q (None without `queries`), k, v, each [B, A, L, K], and what `write` needs.
-
-        Args:
-            modulation: of the level, each [B, 1, D]; None for image tokens.
-        """
-        normed = self.norm1(tokens)
-        if modulation is not None:
-            level = modulation[: len(self.table)]  # where this block only reads the text it needs no more than a scale
-            scale, *rest = (of_level + own for of_level, own in zip(level, self.table, strict=True))
-            normed = normed * (1 + scale)
-        else:
-            rest = []
+        self, tokens: Tensor, queries: bool = True, pooled: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        """Return q (None without `queries`), k, v, each [B, A, L, K], and nothing that `write` needs."""
+        own, states = tokens[..., : self.channels], tokens[..., self.channels :]  # of image tokens no states
+        normed = self.norm1(own)
+        if states.shape[-1]:
+            normed = normed + states
         k, v, _ = self.attn.keys(normed)
-        return self.attn.queries(normed, pooled) if queries else None, k, v, tuple(rest)
+        return self.attn.queries(normed, pooled) if queries else None, k, v, None
 
-    def write(self, tokens: Tensor, mixed: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """Add what was read and the feed-forward: [B, L, D], [B, A, L, K] -> [B, L, D]."""
-        read = self.attn.out(mixed)
-        if not modulation:
-            tokens = tokens + read
-            return tokens + self.ff(self.norm2(tokens))
-        gate, ff_scale, ff_gate = modulation
-        tokens = torch.addcmul(tokens, gate, read)
-        return torch.addcmul(tokens, ff_gate, self.ff(self.norm2(tokens) * (1 + ff_scale)))
+    def write(self, tokens: Tensor, mixed: Tensor, _: None = None) -> Tensor:
+        """Add what was read and the feed-forward: [B, L, D or 2 D], [B, A, L, K] -> [B, L, D]."""
+        own = tokens[..., : self.channels] + self.attn.out(mixed)
+        return own + self.ff(self.norm2(own))
 
 
 class SpatialTransformer(nn.Module):
@@ -305,7 +301,7 @@ class SpatialTransformer(nn.Module):
         if stop.enters:
             self.text_entry = TextEntry(config, channels, stop)
         self.transformer_blocks = nn.ModuleList(
-            JointTransformerBlock(channels, config, stop, last=stop.last and i == depth - 1)
+            JointTransformerBlock(channels, config, last=stop.last and i == depth - 1)
             if stop.reads and config.injection == "joint"
             else TransformerBlock(channels, config, stop.reads)
             for i in range(depth)

@@ -3,11 +3,11 @@
 A level is a stage by its resolution, down and up, and each has its own width. Where text comes to a level whose width
 is another, it goes through a `TextEntry`:
 
-    going down   text = W_states states  (+ W_carried LayerNorm(text of the level before))
-    going up     text = W_carried LayerNorm(text of the level before) + text as the way down left this level
+    at first     text = W states
+    going down   text = W LayerNorm(text of the level before)
+    going up     text = W LayerNorm(text of the level before) + text as the way down left this level
 
-States are read again at each level of the way down, so that a narrow first stage is no bottleneck for a wide deep
-one; the skip of the way up is the text's counterpart of the U-Net's own.
+What travels is what the blocks have added. The encoders' states are read again, at their full width, by every block.
 """
 
 from __future__ import annotations
@@ -47,12 +47,7 @@ class TextStop(NamedTuple):
 
 
 class TextRoute:
-    """Hands out the stops in the order in which the network runs; bookkeeping while it is built, no module.
-
-    Attributes:
-        modulations: what joint attention modulates, once all stops are handed out: level -> width of the text and
-            number of vectors: 4, or 1 where the text is read and not updated.
-    """
+    """Hands out the stops in the order in which the network runs; bookkeeping while it is built, no module."""
 
     def __init__(self, config: UNetConfig) -> None:
         self.config = config
@@ -60,7 +55,6 @@ class TextRoute:
         self.widths = [mult * config.model_channels for mult in config.channel_mult]
         self.at: int | str | None = None  # the level at which the text is
         self.width: int | None = None
-        self.modulations: dict[int | str, tuple[int, int]] = {}
         stages = [stage for stage in self.reading if isinstance(stage, int)]
         self.final: int | str = min(stages) if stages else MIDDLE
 
@@ -93,20 +87,17 @@ class TextRoute:
         level = self.at if joined is not None and self.at == joined else place
         enters, carried = level != self.at, self.width
         self.at, self.width = level, width
-        depth = self.config.middle_transformer_depth if place == MIDDLE else self.config.transformer_depth[int(place)]
-        updated = level in self.modulations or not last or depth > 1
-        self.modulations[level] = width, 4 if updated else 1
         return TextStop(level, True, True, down, enters, carried if enters else None, enters and up, last)
 
 
 class TextEntry(nn.Module):
-    """Text comes to a level: encoder states on the way down, the text of the level before, the skip on the way up."""
+    """Text comes to a level: the encoders' states, or the text of the level before, on the way up with the skip."""
 
     def __init__(self, config: UNetConfig, width: int, stop: TextStop) -> None:
         super().__init__()
-        if not stop.skips:
+        if stop.carried is None:
             self.states = text_projection(config, width)
-        if stop.carried is not None:
+        else:
             self.norm = nn.LayerNorm(stop.carried)
             self.carried = nn.Linear(stop.carried, width)
 
@@ -118,15 +109,15 @@ class TextEntry(nn.Module):
             text: of the level before, [B, L, D'], or None at the first level.
             left: what the way down left at this level, [B, L, D]; read on the way up.
         """
-        entering = left if not hasattr(self, "states") else project(self.states, states)
-        assert entering is not None
         if text is None:
-            return entering
+            return project(self.states, states)
         carried = text.map(self._carry)
-        negative = None
-        if entering.negative is not None and carried.negative is not None:
-            negative = entering.negative + carried.negative
-        return entering._replace(context=entering.context + carried.context, negative=negative)
+        return carried if left is None else _sum(left, carried)
 
     def _carry(self, text: Tensor) -> Tensor:
         return self.carried(self.norm(text))
+
+
+def _sum(a: Text, b: Text) -> Text:
+    negative = None if a.negative is None or b.negative is None else a.negative + b.negative
+    return a._replace(context=a.context + b.context, negative=negative)
