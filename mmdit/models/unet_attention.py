@@ -220,8 +220,8 @@ class JointTransformerBlock(nn.Module):
     ) -> tuple[Tensor, Text | None]:
         """Update image tokens [B, N, D] and text [B, L, D], masks [B, L + N]; the last block leaves the text."""
         reading = self.image.read(tokens, pooled=companions.pooled)
-        if text is None or companions.states is None:
-            return joint_attention(tokens, self.image, reading, [], None, last=self.last, record=record)
+        assert text is not None  # the first stop of joint attention brings it in
+        assert companions.states is not None
         both = _beside(text, project(self.states, companions.states))
         owners = self._owners(text)
         tokens, updated = joint_attention(tokens, self.image, reading, owners, both, last=self.last, record=record)

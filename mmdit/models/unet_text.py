@@ -7,7 +7,7 @@ is another, it goes through a `TextEntry`:
     going down   text = W LayerNorm(text of the level before)
     going up     text = W LayerNorm(text of the level before) + text as the way down left this level
 
-What travels is what the blocks have added. The encoders' states are read again, at their full width, by every block.
+The encoders' states are read again, at their full width, by every block beside what travels.
 """
 
 from __future__ import annotations

@@ -149,11 +149,16 @@ def test_in_the_unet_text_is_updated_from_block_to_block_by_joint_attention_only
         assert all(torch.equal(here[name], there[name]) == (injection == "cross") for name in others)
 
 
-def test_in_the_unet_updates_of_the_text_begin_at_zero_and_states_are_read_by_every_block():
+@pytest.mark.parametrize(("sets", "zero"), [(1, False), (2, True), (3, True)])
+def test_in_the_unet_text_weights_of_its_own_begin_to_update_it_from_zero(sets, zero):
     latents, timestep, text = draw()
-    fresh = texts_of(build("unet", fill=False, injection="joint"), latents, timestep, text)
-    other = texts_of(build("unet", fill=False, injection="joint"), latents.flip(0), timestep, text)
-    assert all(torch.equal(fresh[name], other[name]) for name in fresh)  # nothing of the image has reached it yet
+    fresh = build("unet", fill=False, injection="joint", weight_sets=sets, **STREAMS)
+    here, there = texts_of(fresh, latents, timestep, text), texts_of(fresh, latents.flip(0), timestep, text)
+    assert all(torch.equal(here[name], there[name]) for name in here) == zero  # nothing of the image has reached it
+
+
+def test_in_the_unet_every_block_of_joint_attention_reads_the_encoders_states_anew():
+    latents, timestep, text = draw()
     denoiser = build("unet", injection="joint")
     before = predict(denoiser, latents, timestep, text)
     blocks = [name for name, _ in denoiser.named_modules() if name.endswith("transformer_blocks.0")]
