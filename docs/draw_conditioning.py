@@ -104,9 +104,11 @@ def draw_route(canvas: Canvas, config: UNetConfig, top: float) -> None:
         x, y = 150 + 96 * i, top + 60 + 130 * level
         places[i] = (x, y)
         _stop(canvas, stop, x, y, widths[level], "middle" if i == deepest + 1 else "")
+        earlier = (j for j, other in enumerate(stops[:i]) if stop.enters and other.level == stop.level)
+        left = next(earlier, None)  # where the way down has left text for this level
         if i and not stop.enters:
             canvas.arrow((x - 18, y + 51), (x, y + 51)), canvas.arrow((x - 18, y + 17), (x, y + 17))
-        elif i and stop.skips:
+        elif i and left is not None:
             before = places[i - 1]
             canvas.arrow((before[0] + 39, before[1]), (before[0] + 39, y + 51), (x, y + 51))
             canvas.words(before[0] + 33, y + 100, "norm, W", 11, "end")
@@ -114,8 +116,7 @@ def draw_route(canvas: Canvas, config: UNetConfig, top: float) -> None:
             before = places[i - 1]
             canvas.arrow((before[0] + 39, before[1] + 68), (before[0] + 39, y + 51), (x, y + 51))
             canvas.words(before[0] + 33, y + 44, "norm, W", 11, "end")
-        if stop.skips:
-            left = next(j for j, other in enumerate(stops) if other.level == stop.level)
+        if left is not None:
             canvas.arrow((places[left][0] + 78, y + 64), (x, y + 64))
             canvas.words((places[left][0] + 78 + x) / 2, y + 78, "text as the way down left it", 11)
             canvas.arrow((places[left][0] + 78, y + 17), (x, y + 17), color="#7a93b3")

@@ -40,6 +40,15 @@ def handled(act: Callable[[int], None], *numbers: int) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def interrupt(number: int) -> None:
+    """Stop as Ctrl-C does where nobody ignores it; for `handled`.
+
+    Raises:
+        KeyboardInterrupt: always.
+    """
+    raise KeyboardInterrupt
+
+
 def let_go_of_terminal() -> None:
     """Send what is printed from now on nowhere, where it went to a terminal."""
     with open(os.devnull, "wb") as nowhere:

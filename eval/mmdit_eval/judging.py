@@ -25,7 +25,7 @@ from mmdit.config import (
     to_tree,
     to_yaml,
 )
-from mmdit.stopping import handled
+from mmdit.stopping import handled, interrupt
 from mmdit_eval import executor
 from mmdit_eval.book import Book, read_book
 
@@ -201,17 +201,13 @@ def main(words: Sequence[str]) -> int:
     study_dir, names = Path(words[0]), words[1:]
     read_book(study_dir / "study.json")
     references: References | None = None
-    with handled(_stop, signal.SIGINT, signal.SIGTERM):
+    with handled(interrupt, signal.SIGINT, signal.SIGTERM):
         for name in names:
             task, suite = _read_task(study_dir / "judging", name)
             references = references or References(suite, study_dir, print)
             reason = judge_cell(task, suite, study_dir, references, print, ceiling=False)
             _file(study_dir / "judging", name, "result").write_text(json.dumps({"reason": reason}), encoding="utf-8")
     return 0
-
-
-def _stop(number: int) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

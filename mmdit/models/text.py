@@ -45,6 +45,13 @@ class Text(NamedTuple):
         negative = None if self.negative is None else function(self.negative)
         return self._replace(context=function(self.context), negative=negative)
 
+    def combine(self, other: Text, function: Callable[[Tensor, Tensor], Tensor]) -> Text:
+        """Apply a function to the context and to the negative text of both; masks and the rest are this one's."""
+        negative = None
+        if self.negative is not None and other.negative is not None:
+            negative = function(self.negative, other.negative)
+        return self._replace(context=function(self.context, other.context), negative=negative)
+
     def part(self, start: int, stop: int, width: int | None = None) -> Text:
         """Cut out one stream, of its features the first `width`."""
         mask, other = (None if m is None else m[:, start:stop] for m in (self.mask, self.negative_mask))

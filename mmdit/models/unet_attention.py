@@ -222,7 +222,8 @@ class JointTransformerBlock(nn.Module):
         reading = self.image.read(tokens, pooled=companions.pooled)
         assert text is not None  # the first stop of joint attention brings it in
         assert companions.states is not None
-        both = _beside(text, project(self.states, companions.states))
+        states = project(self.states, companions.states)
+        both = text.combine(states, lambda own, read: torch.cat([own, read], dim=-1))  # [B, L, 2 D]
         owners = self._owners(text)
         tokens, updated = joint_attention(tokens, self.image, reading, owners, both, last=self.last, record=record)
         return tokens, text if self.last else updated
@@ -232,14 +233,6 @@ class JointTransformerBlock(nn.Module):
         if self.sets == 3:
             return [(self.text[name], start, stop) for name, start, stop in text.parts]
         return [(self.text if self.sets == 2 else self.image, 0, text.context.shape[1])]
-
-
-def _beside(text: Text, states: Text) -> Text:
-    """Put the states beside the text, [B, L, D] and [B, L, D] -> [B, L, 2 D]."""
-    negative = None
-    if text.negative is not None and states.negative is not None:
-        negative = torch.cat([text.negative, states.negative], dim=-1)
-    return text._replace(context=torch.cat([text.context, states.context], dim=-1), negative=negative)
 
 
 class TokenStream(nn.Module):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mmdit.config import UNetConfig
@@ -32,7 +33,6 @@ class TextStop(NamedTuple):
         down: it stands on the way down, so that it leaves its text for the way up.
         enters: text comes from another level, or from the encoders.
         carried: width of the text that comes, or None where there is none yet.
-        skips: enters on the way up, to a level where the way down has left text.
         last: no later transformer reads the text.
     """
 
@@ -42,7 +42,6 @@ class TextStop(NamedTuple):
     down: bool = False
     enters: bool = False
     carried: int | None = None
-    skips: bool = False
     last: bool = False
 
 
@@ -69,7 +68,7 @@ class TextRoute:
 
     def up(self, stage: int, last_of_stage: bool) -> TextStop:
         """Return the stop of a transformer in `output_blocks`."""
-        return self._stop(stage, self.widths[stage], last=last_of_stage and self.final == stage, up=True)
+        return self._stop(stage, self.widths[stage], last=last_of_stage and self.final == stage)
 
     def _stop(
         self,
@@ -78,7 +77,6 @@ class TextRoute:
         *,
         joined: int | None = None,
         down: bool = False,
-        up: bool = False,
         last: bool = False,
     ) -> TextStop:
         reads, joint = place in self.reading, self.config.injection == "joint"
@@ -87,7 +85,7 @@ class TextRoute:
         level = self.at if joined is not None and self.at == joined else place
         enters, carried = level != self.at, self.width
         self.at, self.width = level, width
-        return TextStop(level, True, True, down, enters, carried if enters else None, enters and up, last)
+        return TextStop(level, True, True, down, enters, carried if enters else None, last)
 
 
 class TextEntry(nn.Module):
@@ -112,12 +110,7 @@ class TextEntry(nn.Module):
         if text is None:
             return project(self.states, states)
         carried = text.map(self._carry)
-        return carried if left is None else _sum(left, carried)
+        return carried if left is None else left.combine(carried, torch.add)
 
     def _carry(self, text: Tensor) -> Tensor:
         return self.carried(self.norm(text))
-
-
-def _sum(a: Text, b: Text) -> Text:
-    negative = None if a.negative is None or b.negative is None else a.negative + b.negative
-    return a._replace(context=a.context + b.context, negative=negative)
