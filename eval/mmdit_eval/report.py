@@ -9,7 +9,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mmdit_eval.scores import SCORES, shown, shown_interval, split_names
 from mmdit_eval.statistics import Estimate
 
 TEMPLATES = Path(__file__).parent / "templates"
+LATENTS = ("encoders.vae", "encoders.latent_shift", "encoders.latent_scale", "encoders.posterior")
 WIDE = 8  # more columns of (split, row) than this, and rows stand down the table, one table a split
 
 
@@ -220,13 +221,14 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
     environment.filters["breakable"] = _breakable
     environment.filters["interval"] = lambda value, score: shown_interval(score, value["low"], value["high"])
     styles = plots.row_styles(files.rows)
-    seeds = len(files.study["seeds"])
+    seeds, changed = len(files.study["seeds"]), _changed(files)
     return environment.get_template("report.html.j2").render(
         files=files,
         study=files.study,
         row_styles=styles,
         split_names=files.split_names,
-        varied=_varied(files),
+        varied=_varied(files, changed),
+        equal=_equal(changed),
         row_tables=row_tables(files) if len(_columns(files)) > WIDE else [],
         styles=SCORES,
         verdict=verdict(files),
@@ -251,19 +253,38 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
     )
 
 
-def _varied(files: Files) -> list[str]:
+def _varied(files: Files, changed: Collection[str]) -> list[str]:
     """Return the fields of `varies` in which rows really differ; of two backbones the whole `model` does."""
-    trees = [*files.study["rows"].values()]
-    for axis, values in files.study.get("factorial", {}).items():
-        trees += list(values.values()) if isinstance(values, dict) else [{axis: values}]
-    touched = {path for tree in trees for path in _leaves(tree)}
     found = [
         field for field in files.study["varies"]
-        if any(f"{path}.".startswith(f"{field}.") or f"{field}.".startswith(f"{path}.") for path in touched)
+        if any(f"{path}.".startswith(f"{field}.") or f"{field}.".startswith(f"{path}.") for path in changed)
     ] or list(files.study["varies"])  # fmt: skip
     if "model.name" in found:
         return ["model", *(field for field in found if not field.startswith("model."))]
     return found
+
+
+def _changed(files: Files) -> set[str]:
+    """Return the dotted paths of all that rows set, a confounded row's among them."""
+    trees = [*files.study["rows"].values()]
+    for axis, values in files.study.get("factorial", {}).items():
+        trees += list(values.values()) if isinstance(values, dict) else [{axis: values}]
+    return {path for tree in trees for path in _leaves(tree)}
+
+
+def _equal(changed: Collection[str]) -> list[str]:
+    """Return what no row sets, in the words of the report."""
+    sections = {path.split(".")[0] for path in changed if path not in LATENTS}
+    differs = {
+        "data": "data" in sections,
+        "latents": any(path in LATENTS for path in changed),
+        "text tokens": "encoders" in sections,
+        "noise": False,
+        "objective": "diffusion" in sections,
+        "sampler": "sampling" in sections,
+        "budget": "train" in sections,
+    }
+    return [name for name in differs if not differs[name]]
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -27,7 +27,7 @@ from mmdit.config import (
     to_tree,
     to_yaml,
 )
-from mmdit.stopping import handled
+from mmdit.stopping import handled, interrupt
 from mmdit_eval import executor
 from mmdit_eval.book import Book, cell_name, check_book, read_book
 from mmdit_eval.judging import judge
@@ -241,11 +241,7 @@ def finished(run_dir: Path, config: RunConfig) -> bool:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Treat SIGTERM and a closed terminal like Ctrl-C, and name a KeyboardInterrupt."""
-
-    def stop(number: int) -> None:
-        raise KeyboardInterrupt
-
-    with handled(stop, signal.SIGTERM):
+    with handled(interrupt, signal.SIGTERM):
         try:
             yield
         except StudyInterrupted:
