@@ -27,8 +27,9 @@ def main() -> None:
         form = case.get("method", "Welch t over seeds")
         print(f"A/A, {case['rows']} rows, {case['seeds']} seeds, {form}: {100 * case['share']:.1f} % false verdicts")
     for case in found["other_intervals"]:
+        shared = ", shared" if "method" in case else ""
         print(
-            f"A/A, 2 rows, {case['seeds']} seeds: mixed model {100 * case['mixed_model']['share']:.1f} %, "
+            f"A/A, 2 rows, {case['seeds']} seeds{shared}: mixed model {100 * case['mixed_model']['share']:.1f} %, "
             f"bootstrap over pictures {100 * case['bootstrap_over_pictures']['share']:.1f} %"
         )
     for case in found["planted_effects"]:

@@ -14,7 +14,7 @@ import scipy.stats
 from mmdit_eval.mixed import mixed_difference
 from mmdit_eval.power import power
 from mmdit_eval.statistics import paired_interval
-from mmdit_eval.verdicts import LEVEL, decide, difference
+from mmdit_eval.verdicts import LEVEL, PAIRED, decide, difference
 
 QUALITY, SEED_SPREAD, PROMPT_SPREAD = 1.0, 0.35, 1.0  # log-odds: some 70 % right, seeds 6 points apart
 OWN_SPREAD = 0.1  # where rows share their trainings: what a seed's networks gain or lose under one row's sampling alone
@@ -61,17 +61,17 @@ def false_verdicts(
     return {"rows": rows, "seeds": seeds, "pictures": pictures, **_form(pairs), **share(wrong, studies)}
 
 
-def other_intervals(studies: int, seeds: int, pictures: int, seed: int = 0) -> dict[str, Any]:
+def other_intervals(studies: int, seeds: int, pictures: int, seed: int = 0, pairs: bool = False) -> dict[str, Any]:
     """Judge A/A pairs of rows by the mixed model, and by the bootstrap over pictures that never carries a verdict."""
-    random = np.random.default_rng([seed, 1, seeds, pictures])
+    random = np.random.default_rng([seed, 1, seeds, pictures, *([4] if pairs else [])])
     mixed = bootstrap = 0
     for _ in range(studies):
-        a, b = simulate(random, 2, seeds, pictures)
-        mixed += mixed_difference(a, b)["p"] <= 1 - LEVEL
+        a, b = simulate(random, 2, seeds, pictures, pairs=pairs)
+        mixed += mixed_difference(a, b, pairs=pairs)["p"] <= 1 - LEVEL
         found = paired_interval(a.mean(0), b.mean(0))
         bootstrap += found["low"] > 0 or found["high"] < 0  # type: ignore[operator]
     return {
-        "seeds": seeds, "pictures": pictures, "mixed_model": share(mixed, studies),
+        "seeds": seeds, "pictures": pictures, **_form(pairs), "mixed_model": share(mixed, studies),
         "bootstrap_over_pictures": share(bootstrap, studies),
     }  # fmt: skip
 
@@ -103,7 +103,7 @@ def planted_effects(
 
 def _form(pairs: bool) -> dict[str, str]:
     """Name the test where it is not Welch's."""
-    return {"method": "paired t over seeds"} if pairs else {}
+    return {"method": PAIRED} if pairs else {}
 
 
 def share(hits: int, count: int) -> dict[str, Any]:
@@ -124,7 +124,9 @@ def calibrate(studies: int = 1_000, seed: int = 0) -> dict[str, Any]:
             for rows, seeds in ((2, 3), (2, 5), (4, 3), (4, 5), (8, 3), (8, 5))
         ]
         + [false_verdicts(studies, rows, seeds, 256, seed, pairs=True) for rows, seeds in ((2, 3), (2, 5), (5, 5))],
-        "other_intervals": [other_intervals(studies, seeds, 256, seed) for seeds in (3, 5)],
+        "other_intervals": [
+            other_intervals(studies, seeds, 256, seed, pairs) for pairs in (False, True) for seeds in (3, 5)
+        ],
         "planted_effects": [
             planted_effects(studies, seeds, 256, planted, seed, rows)
             for rows, seeds, planted in ((2, 3, 1.2), (2, 5, 0.8), (2, 10, 0.5), (4, 5, 1.2))

@@ -14,7 +14,7 @@ from mmdit_eval.comparison import check_comparable, compare
 from mmdit_eval.findings import Cell, Files, ceiling_value, estimate
 from mmdit_eval.mixed import common_table, mixed_difference
 from mmdit_eval.scores import SCORES, Score, shown, shown_interval
-from mmdit_eval.verdicts import Difference, decide, difference, sentence
+from mmdit_eval.verdicts import PAIRED, Difference, decide, difference, sentence
 
 _PARTNERS_LEFT_OUT = 3  # the protocol from which kernel distances leave out pairs of one prompt
 FEW = 4  # above so many rows the verdict does not repeat each row's value
@@ -74,18 +74,19 @@ def _values(cells: Sequence[Cell], split: str, score: str) -> dict[int, float]:
 
 def for_new_prompts(files: Files, claim: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the mixed model's test of a claim; None where pictures are not scored one by one or seeds are too few."""
+    rows = [{cell.seed: cell for cell in files.of(claim[row])} for row in ("first", "second")]
+    pairs = claim["method"] == PAIRED
     tables = []
-    for row in (claim["first"], claim["second"]):
-        lists = [
-            (cell.result or {})["splits"].get(claim["split"], {}).get("per_image", {}).get(claim["score"])
-            for cell in files.of(row)
-        ]
+    for cells in rows:
+        seeds = sorted(set.intersection(*map(set, rows))) if pairs else list(cells)
+        results = [(cells[seed].result or {})["splits"].get(claim["split"], {}) for seed in seeds]
+        lists = [result.get("per_image", {}).get(claim["score"]) for result in results]
         if len(lists) < 2 or any(values is None for values in lists):
             return None
         tables.append(lists)
     try:
         first, second = common_table(tables)
-        return dict(mixed_difference(first, second))
+        return dict(mixed_difference(first, second, pairs=pairs))
     except ValueError:
         return None  # other prompts, or scores without any spread
 

@@ -5,9 +5,13 @@ of that kind, prompts are random too:
 
     score = mean of the row + seed (within its row) + prompt + row x prompt + rest
 
-With every prompt drawn under every seed of both rows the analysis of variance is closed: the variance of the
-difference is a sum of mean squares, and its degrees of freedom follow from Satterthwaite's formula. For equal numbers
-of seeds this is what restricted maximum likelihood gives, where its estimates of variance are not cut off at zero.
+Where rows share their seeds, what a seed does to both cancels, and the model is that of their differences:
+
+    difference = its mean + seed + prompt + rest
+
+With every prompt drawn under every seed the analysis of variance is closed: the variance of the mean is a sum of mean
+squares, and its degrees of freedom follow from Satterthwaite's formula. For equal numbers of seeds this is what
+restricted maximum likelihood gives, where its estimates of variance are not cut off at zero.
 """
 
 from __future__ import annotations
@@ -21,33 +25,36 @@ import numpy as np
 from mmdit_eval.verdicts import LEVEL, TTest, is_round_off, t_test
 
 
-def mixed_difference(first: Any, second: Any, level: float = LEVEL) -> TTest:
+def mixed_difference(first: Any, second: Any, level: float = LEVEL, *, pairs: bool = False) -> TTest:
     """Compare two rows picture by picture, with seeds and prompts both drawn at random.
 
     Source: Satterthwaite 1946, Biometrics Bull. 2, for the degrees of freedom; expected mean squares of the crossed
-    design with seeds nested in rows.
+    design, with seeds nested in rows or shared by them.
 
     Args:
         first: [S1, P] scores of the first row: seeds by prompts.
         second: [S2, P] of the second, the same prompts in the same order.
+        pairs: the rows share their seeds, which stand in the same order.
 
     Raises:
-        ValueError: fewer than two seeds or prompts, other prompts, or no spread at all.
+        ValueError: fewer than two seeds or prompts, other prompts or, with `pairs`, seeds, or no spread at all.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b), a.shape[1]) < 2:
+    fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1] and min(len(a), len(b), a.shape[1]) >= 2
+    if not fits or (pairs and len(a) != len(b)):
         raise ValueError(
-            f"a mixed model needs at least two seeds of each row on the same two or more prompts, got shapes "
-            f"{list(a.shape)} and {list(b.shape)}"
+            f"a mixed model needs at least two seeds of each row{', the same ones,' if pairs else ''} on the same two "
+            f"or more prompts, got shapes {list(a.shape)} and {list(b.shape)}"
         )
-    prompts, freedom = a.shape[1], len(a) + len(b) - 2
-    means = [row.mean(1) for row in (a, b)]
+    tables = [a - b] if pairs else [a, b]
+    prompts, freedom = a.shape[1], sum(len(table) - 1 for table in tables)
+    means = [table.mean(1) for table in tables]
     seeds = prompts * sum(float(((m - m.mean()) ** 2).sum()) for m in means) / freedom
-    residuals = [row - row.mean(1, keepdims=True) - row.mean(0, keepdims=True) + row.mean() for row in (a, b)]
+    residuals = [table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean() for table in tables]
     rest = sum(float((r**2).sum()) for r in residuals) / (freedom * (prompts - 1))
-    by_prompt = float((a.mean(0) - b.mean(0)).var(ddof=1))  # holds row x prompt and its share of the rest
-    share = 1 / len(a) + 1 / len(b)
-    # the interaction cannot be negative: where the prompts spread less than the rest explains, nothing is taken off
+    by_prompt = float((a.mean(0) - b.mean(0)).var(ddof=1))  # holds the prompt's own part and its share of the rest
+    share = sum(1 / len(table) for table in tables)
+    # no variance is negative: where the prompts spread less than the rest explains, nothing is taken off
     terms = [(share * seeds / prompts, freedom)]
     if by_prompt > share * rest:
         terms += [(by_prompt / prompts, prompts - 1), (-share * rest / prompts, freedom * (prompts - 1))]

@@ -17,7 +17,7 @@ from mmdit.registry import unknown
 from mmdit_eval.claims import paired_by_design, pairs_of_rows
 from mmdit_eval.findings import Files, read_study
 from mmdit_eval.mixed import common_table
-from mmdit_eval.power import POWER, Spread, pilot_spread, seeds_needed
+from mmdit_eval.power import POWER, Spread, pilot_spread, seeds_needed, shared_freedom
 from mmdit_eval.scores import SCORES
 
 PICTURES = (256, 512, 1024, 2048, 4096)
@@ -30,8 +30,8 @@ def plan_from_pilot(
 
     The spread is that of the pilot's rows, pooled; where all its comparisons are paired seed by seed, that of their
     differences. It is split into the training's own and that of the pictures, so more pictures can be weighed against
-    more seeds. With few seeds the pilot knows its spread badly: `careful` plans with the spread that the true one stays
-    below 4 times in 5.
+    more seeds. With few seeds the pilot knows its spread badly, and differences to one reference share its noise:
+    `careful` plans with the spread that the true one stays below 4 times in 5.
 
     Args:
         metric: a score of the study.
@@ -58,9 +58,12 @@ def plan_from_pilot(
     compared = pairs_of_rows(files)
     pairs = bool(compared) and all(paired_by_design(files, *rows) for rows in compared)
     try:
-        spread = _spread(_samples(files, split, metric, compared if pairs else None), files)
+        samples = _samples(files, split, metric, compared if pairs else None)
+        spread = _spread(samples, files)
     except ValueError as error:
         raise ConfigError(f"{folder}: {error}") from None
+    if pairs:
+        spread = spread._replace(df=shared_freedom([sample.values for sample in samples]))
     wanted, alpha = difference / (SCORES[metric].factor if metric in SCORES else 1.0), 0.05 / comparisons
     lines = []
     for pictures in sorted({spread.pictures, *PICTURES}) if spread.sample else [spread.pictures]:
@@ -79,7 +82,7 @@ def plan_from_pilot(
 class _Sample(NamedTuple):
     """One number a seed, whose spread is wanted; and that number picture by picture, [S, P], where there is one."""
 
-    values: list[float]
+    values: dict[int, float]
     table: np.ndarray | None
 
 
@@ -99,7 +102,7 @@ def _samples(files: Files, split: str, metric: str, compared: Sequence[tuple[str
         lists = [[rows[row][seed]["per_image"].get(metric) for seed in seeds] for row in group]
         known = all(one is not None for row in lists for one in row)
         table = np.subtract.reduce(common_table(lists)) if known else None
-        found.append(_Sample(np.subtract.reduce(values).tolist(), table))
+        found.append(_Sample(dict(zip(seeds, np.subtract.reduce(values).tolist(), strict=True)), table))
     return found
 
 
@@ -110,7 +113,7 @@ def _spread(samples: Sequence[_Sample], files: Files) -> Spread:
     tables = [sample.table for sample in samples if sample.table is not None]
     if tables:
         return pilot_spread(tables)
-    values = [sample.values for sample in samples]
+    values = [list(sample.values.values()) for sample in samples]
     df = sum(len(v) - 1 for v in values)
     between = sum(float(np.var(v, ddof=1)) * (len(v) - 1) for v in values) / df
     return Spread(math.sqrt(between), 0.0, files.study["suite"]["num_images"], df)
@@ -128,7 +131,7 @@ def print_power(folder: str | Path, metric: str, difference: float, split: str |
     console = Console()
     console.print(
         f"To find a difference of {difference:g} {unit} in {style.label} ({found['split_name']}) {100 * POWER:.0f} "
-        f"times in 100, {comparisons} comparison(s); from a pilot with {spread['df']} degree(s) of freedom:\n"
+        f"times in 100, {comparisons} comparison(s); from a pilot with {spread['df']:.3g} degree(s) of freedom:\n"
         f"  spread of {kind} from seed to seed {style.factor * spread['training']:.2f}, of one picture "
         f"{style.factor * spread['sample']:.1f}",
         highlight=False,

@@ -1,15 +1,15 @@
 """How many seeds a study needs, and what a finished one could have shown. No torch.
 
-Welch's test has random degrees of freedom. Its power follows exactly for normal seeds all the same: the ratio of the
-two sample variances is Beta-distributed and independent of their sum, and given the ratio the statistic is a scaled
-noncentral t. So the power is the noncentral t's, averaged over the ratio; for paired seeds it is the noncentral t's
-own.
+Welch's test has random degrees of freedom. Its power follows exactly for normal seeds all the same: the share that one
+row has in the two sample variances is Beta-distributed and independent of their sum, and given the share the statistic
+is a scaled noncentral t. So the power is the noncentral t's, averaged over the share; for paired seeds it is the
+noncentral t's own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import scipy.stats
 
 POWER = 0.8  # of "could have shown" and of the seeds asked for
 MOST_SEEDS = 200
-_NODES = 64  # of the average over the ratio of variances
+_SHARES, _SCALES = 64, 512  # nodes of the two averages: powers are good to 1e-7
 
 
 def power(difference: float, spread: Sequence[float], seeds: Sequence[int], alpha: float = 0.05) -> float:
@@ -42,31 +42,38 @@ def power(difference: float, spread: Sequence[float], seeds: Sequence[int], alph
     t = scipy.stats.t
     if len(spread) == 1:
         df = min(seeds) - 1
-        return _two_sided(t.isf(alpha / 2, df), df, abs(difference) * math.sqrt(min(seeds)) / spread[0])
+        return float(_two_sided(t.isf(alpha / 2, df), df, abs(difference) * math.sqrt(min(seeds)) / spread[0]))
     (n1, n2), (v1, v2) = seeds, (spread[0] ** 2, spread[1] ** 2)
     df = n1 + n2 - 2
-    ratio = scipy.stats.beta.ppf((np.arange(_NODES) + 0.5) / _NODES, (n1 - 1) / 2, (n2 - 1) / 2)
-    first, second = v1 * ratio / (n1 * (n1 - 1)), v2 * (1 - ratio) / (n2 * (n2 - 1))  # of the squared standard error
+    share, weights = _jacobi((n1 - 1) / 2, (n2 - 1) / 2)
+    first, second = v1 * share / (n1 * (n1 - 1)), v2 * (1 - share) / (n2 * (n2 - 1))  # of the squared standard error
     welch_df = (first + second) ** 2 / (first**2 / (n1 - 1) + second**2 / (n2 - 1))
     variance = v1 / n1 + v2 / n2
     scale = np.sqrt(variance / (df * (first + second)))
-    return _two_sided(t.isf(alpha / 2, welch_df) / scale, df, abs(difference) / math.sqrt(variance))
+    return float(weights @ _two_sided(t.isf(alpha / 2, welch_df) / scale, df, abs(difference) / math.sqrt(variance)))
 
 
-def _two_sided(critical: Any, df: float, noncentrality: float) -> float:
-    """Mean over `critical` of P(|T| > critical), T noncentral t; scipy's own gives NaN or 0 far from the centre."""
-    nodes, weights = _quadrature()
+def _two_sided(critical: np.ndarray, df: float, noncentrality: float) -> np.ndarray:
+    """P(|T| > critical) of each, T noncentral t; scipy's own gives NaN or 0 far from the centre."""
+    nodes, weights = _legendre()
     deviation = np.sqrt(scipy.stats.chi2.ppf(nodes, df) / df)
-    limit = np.multiply.outer(np.atleast_1d(critical), deviation)
+    limit = np.multiply.outer(critical, deviation)
     tails = scipy.special.ndtr(noncentrality - limit) + scipy.special.ndtr(-noncentrality - limit)
-    return float((tails @ weights).mean())
+    return np.asarray(tails @ weights)
 
 
 @lru_cache(maxsize=1)
-def _quadrature() -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Legendre nodes and weights on (0, 1)."""
-    nodes, weights = np.polynomial.legendre.leggauss(128)
+def _legendre() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of the mean of a function over (0, 1)."""
+    nodes, weights = np.polynomial.legendre.leggauss(_SCALES)
     return (nodes + 1) / 2, weights / 2
+
+
+@lru_cache(maxsize=256)
+def _jacobi(a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of the mean of a function under the density of Beta(a, b)."""
+    nodes, weights = scipy.special.roots_jacobi(_SHARES, b - 1, a - 1)
+    return (nodes + 1) / 2, weights / weights.sum()
 
 
 def detectable(
@@ -118,7 +125,7 @@ class Spread(NamedTuple):
     training: float
     sample: float
     pictures: int
-    df: int
+    df: float
 
     def at(self, pictures: int) -> float:
         """Deviation of a seed's value when it stands on so many pictures."""
@@ -158,3 +165,24 @@ def pilot_spread(rows: Sequence[Any]) -> Spread:
     sample = within / max(df_within, 1)
     training = max(0.0, between / df - sample / pictures)
     return Spread(math.sqrt(training), math.sqrt(sample), pictures, df)
+
+
+def shared_freedom(values: Sequence[Mapping[int, float]]) -> float:
+    """Return the degrees of freedom of a variance that is pooled over differences from the same seeds.
+
+    Differences to one reference share its noise, so they know less than as many rows by themselves; the pooled variance
+    is taken for the multiple of a chi-square with its mean and spread. The covariance is estimated from the seeds that
+    all have, which makes the number too small rather than too large.
+
+    Args:
+        values: of each comparison {seed: difference}, two seeds or more.
+
+    Source: Box 1954, Ann. Math. Stat. 25(2), theorem 3.1.
+    """
+    common = sorted(set.intersection(*map(set, values)))
+    if len(common) < 2:
+        return min(len(one) for one in values) - 1
+    covariance = np.atleast_2d(np.cov([[one[seed] for seed in common] for one in values]))
+    square = float((covariance**2).sum())
+    share = float(np.trace(covariance)) ** 2 / square if square > 0 else 1.0
+    return (len(common) - 1) * share

@@ -24,6 +24,7 @@ from mmdit_eval.power import detectable
 from mmdit_eval.scores import SCORES, Score
 
 LEVEL = 0.95  # of every interval; a verdict needs a corrected p of at most 1 - LEVEL
+WELCH, PAIRED = "Welch t over seeds", "paired t over seeds"  # `method` of a test
 PAIRED_SEEDS = 3  # below this many shared seeds the paired form has too few degrees of freedom to pay
 PERMUTATION_SEEDS = 5  # below this many seeds a row there are too few arrangements to reach any level of interest
 _MOST_ARRANGEMENTS = 20_000  # counted one by one up to here, drawn at random beyond
@@ -196,7 +197,7 @@ def difference(
     b = [second[seed] for seed in (shared if pairs else sorted(second))]
     found: dict[str, Any] = {
         "value": float(np.mean(a) - np.mean(b)), "low": None, "high": None, "p": None, "df": None, "error": None,
-        "method": "paired t over seeds" if pairs else "Welch t over seeds", "seeds": (len(a), len(b)),
+        "method": PAIRED if pairs else WELCH, "seeds": (len(a), len(b)),
         "effect": None, "permutation": None, "spread": None,
     }  # fmt: skip
     if min(len(a), len(b)) < 2:

@@ -13,6 +13,7 @@ from mmdit_eval.claims import verdict
 from mmdit_eval.comparison import check_comparable, compare, find_result
 from mmdit_eval.figures import figures, grids
 from mmdit_eval.findings import at_budget, cost_table, equal_budgets, estimate, read_study
+from mmdit_eval.mixed import mixed_difference
 from mmdit_eval.plots import row_styles
 from mmdit_eval.readme import store_study
 from mmdit_eval.report import csv_table, html, markdown, summary, write_report
@@ -147,6 +148,22 @@ def test_the_head_calls_equal_only_what_no_row_varies(study, row, differs, decla
     [said] = re.findall("everything else equal: (.*)", html(read_study(study), drawn=[]))
     every = ["data", "latents", "text tokens", "noise", "objective", "sampler", "budget"]
     assert said.split(", ") == [part for part in every if part not in differs]
+
+
+@pytest.mark.parametrize(("rule", "method"), [("seeds", "paired t over seeds"), ("none", "Welch t over seeds")])
+def test_what_is_said_of_new_prompts_pairs_seeds_where_the_verdict_does(tmp_path, rule, method):
+    folder = write_study(tmp_path, seeds=(0, 1, 2))
+    book = json.loads((folder / "study.json").read_text())
+    book["study"]["claims"]["pairs"] = rule
+    (folder / "study.json").write_text(json.dumps(book))
+    tables = [
+        [json.loads((folder / f"{row}-s{seed}/eval/tiny-000000003000.json").read_text()) for seed in (0, 1, 2)]
+        for row in ("unet", "mmdit")
+    ]
+    images = [[cell["splits"]["seen"]["per_image"]["all_correct"] for cell in cells] for cells in tables]
+    [claim] = [claim for claim in summary(read_study(folder))["claims"] if claim["split"] == "seen"]
+    assert claim["new_prompts"] == mixed_difference(*images, pairs=rule == "seeds")
+    assert f"Unit: the training seed. {method};" in html(read_study(folder), drawn=[])
 
 
 def test_many_rows_stand_down_the_tables_each_with_a_colour_and_mark_of_its_own(tmp_path):

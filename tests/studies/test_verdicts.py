@@ -9,7 +9,7 @@ import scipy.optimize
 import scipy.stats
 from mmdit_eval.calibration import false_verdicts, judge_simulated, other_intervals, planted_effects, simulate
 from mmdit_eval.mixed import common_table, mixed_difference
-from mmdit_eval.power import Spread, detectable, pilot_spread, power, seeds_needed
+from mmdit_eval.power import Spread, detectable, pilot_spread, power, seeds_needed, shared_freedom
 from mmdit_eval.verdicts import decide, difference, hedges_g, holm, paired, permutation, sentence, welch
 
 A, B = [0.81, 0.84, 0.79, 0.86, 0.83], [0.74, 0.80, 0.77, 0.72, 0.78]
@@ -88,8 +88,11 @@ def crossed(random, seeds, prompts, spreads, shift=0.0):
     ]
 
 
-def reml(tables):
-    """Fit the mixed model by brute force; return difference, standard error and Satterthwaite's degrees of freedom."""
+def reml(tables, parts):
+    """Fit a mixed model by brute force; return difference, standard error and Satterthwaite's degrees of freedom.
+
+    Each of `parts` is a random effect: which of (row, seed, prompt) name one draw of it.
+    """
     y = np.concatenate([table.ravel() for table in tables])
     labels = [(r, s, p) for r, t in enumerate(tables) for s in range(t.shape[0]) for p in range(t.shape[1])]
 
@@ -97,9 +100,9 @@ def reml(tables):
         keys = [tuple(label[i] for i in parts) for label in labels]
         return np.array([[float(a == b) for b in keys] for a in keys])
 
-    components = [same(0, 1), same(2), same(0, 2), np.eye(len(y))]
-    x = np.array([[float(r == 0), float(r == 1)] for r, _, _ in labels])
-    contrast = np.array([1.0, -1.0])
+    components = [*(same(*part) for part in parts), np.eye(len(y))]
+    x = np.array([[float(r == row) for row in range(len(tables))] for r, _, _ in labels])
+    contrast = np.array([1.0, -1.0])[: len(tables)]
 
     def projections(theta):
         v = sum(t * c for t, c in zip(theta, components, strict=True))
@@ -111,7 +114,7 @@ def reml(tables):
         v, _, gram, p = projections(np.exp(logs))
         return np.linalg.slogdet(v)[1] - np.linalg.slogdet(gram)[1] + y @ p @ y
 
-    start = np.log(np.full(4, y.var() / 4))
+    start = np.log(np.full(len(components), y.var() / len(components)))
     fitted = scipy.optimize.minimize(
         loss, start, method="Nelder-Mead", options={"maxiter": 4000, "xatol": 1e-7, "fatol": 1e-10}
     )
@@ -126,10 +129,23 @@ def reml(tables):
 
 def test_the_mixed_model_is_restricted_maximum_likelihood():
     tables = crossed(np.random.default_rng(4), 3, 8, (0.6, 1.0, 0.8, 0.5), 0.4)
-    value, error, df = reml(tables)
+    value, error, df = reml(tables, [(0, 1), (2,), (0, 2)])
     ours = mixed_difference(*tables)
     assert (ours["value"], ours["error"]) == pytest.approx((value, error), rel=1e-4)
     assert ours["df"] == pytest.approx(df, rel=1e-3)
+
+
+def test_with_shared_seeds_it_is_that_of_the_differences():
+    random = np.random.default_rng(2)
+    shared = 3.0 * random.normal(size=(4, 1))  # what a seed does to both rows
+    a, b = (table + shared for table in crossed(random, 4, 8, (0.6, 1.0, 0.8, 0.5), 0.4))
+    value, error, df = reml([a - b], [(1,), (2,)])
+    ours = mixed_difference(a, b, pairs=True)
+    assert (ours["value"], ours["error"]) == pytest.approx((value, error), rel=1e-4)
+    assert ours["df"] == pytest.approx(df, rel=1e-3)
+    assert mixed_difference(a, b)["error"] > 2 * ours["error"]
+    with pytest.raises(ValueError, match="the same ones"):
+        mixed_difference(a, b[:3], pairs=True)
 
 
 def test_the_mixed_models_interval_holds_for_new_seeds_and_new_prompts():
@@ -141,6 +157,13 @@ def test_the_mixed_models_interval_holds_for_new_seeds_and_new_prompts():
         mixed_difference(a, b[:2]) for a, b in (crossed(random, 5, 20, (0.3, 1.0, 0.5, 1.0)) for _ in range(2_000))
     ]
     assert np.mean([test["p"] <= 0.05 for test in unequal]) <= 0.065
+
+
+def test_the_paired_interval_holds_and_is_no_wider_than_it_must_be():
+    random = np.random.default_rng(1)
+    studies = [simulate(random, 2, 5, 256, pairs=True) for _ in range(600)]
+    false = np.mean([mixed_difference(a, b, pairs=True)["p"] <= 0.05 for a, b in studies])
+    assert 0.025 <= false <= 0.05 + 2.6 * math.sqrt(0.05 * 0.95 / 600)  # nested seeds would give 0
 
 
 def test_prompts_without_a_score_in_some_cell_are_left_out():
@@ -168,10 +191,45 @@ def test_the_power_of_welchs_test_is_what_simulation_finds(seeds, spread, size):
     assert power(size, spread, seeds) == pytest.approx(found.mean(), abs=0.011)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "spread", "size", "alpha"),
+    [((5, 5), (1.0, 1.0), 3.0, 0.05 / 14), ((3, 8), (1.0, 3.0), 5.0, 0.01), ((2, 20), (1.0, 10.0), 4.0, 0.05)],
+)
+def test_the_power_is_the_integral_over_both_rows_variances(seeds, spread, size, alpha):
+    nodes, weights = np.polynomial.legendre.leggauss(1_600)
+    nodes, weights = (nodes + 1) / 2, weights / 2
+    own = [s**2 * scipy.stats.chi2.ppf(nodes, n - 1) / (n - 1) / n for s, n in zip(spread, seeds, strict=True)]
+    first, second = own[0][:, None], own[1][None, :]
+    df = (first + second) ** 2 / (first**2 / (seeds[0] - 1) + second**2 / (seeds[1] - 1))
+    limit = scipy.stats.t.isf(alpha / 2, df) * np.sqrt(first + second)
+    error = math.sqrt(sum(s**2 / n for s, n in zip(spread, seeds, strict=True)))
+    tails = scipy.stats.norm.cdf((size - limit) / error) + scipy.stats.norm.cdf((-size - limit) / error)
+    assert power(size, spread, seeds, alpha) == pytest.approx(weights @ tails @ weights, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_a_careful_plan_knows_that_differences_to_one_reference_share_its_noise(rows):
+    random = np.random.default_rng(0)
+    wide_enough = 0
+    for _ in range(1_000):
+        reference = random.normal(size=(5, 1))
+        differences = random.normal(size=(5, rows)) - reference  # true variance 2
+        pooled = math.sqrt(differences.var(axis=0, ddof=1).mean())
+        df = shared_freedom([dict(enumerate(column)) for column in differences.T])
+        assert 4 <= df <= 4 * rows
+        wide_enough += Spread(pooled, 0.0, 1, df).careful(1) >= math.sqrt(2)
+    assert wide_enough / 1_000 >= 0.78  # 4 in 5; of rows taken for independent 0.63 to 0.76
+
+
+def test_without_two_common_seeds_the_smallest_comparison_counts():
+    assert shared_freedom([{0: 1.0, 1: 2.0, 2: 0.5}, {3: 1.0, 4: 2.0}]) == 1
+    assert shared_freedom([{0: 1.0, 1: 1.0, 2: 1.0}]) == 2  # no spread
+
+
 def test_the_paired_power_is_the_noncentral_ts():
     critical = scipy.stats.t.isf(0.025, 4)
     theirs = scipy.stats.nct.sf(critical, 4, math.sqrt(5) * 1.2) + scipy.stats.nct.cdf(-critical, 4, math.sqrt(5) * 1.2)
-    assert power(1.2, (1.0,), (5, 5)) == pytest.approx(theirs, abs=1e-6)
+    assert power(1.2, (1.0,), (5, 5)) == pytest.approx(theirs, abs=1e-8)
 
 
 def test_detectable_and_seeds_needed_invert_the_power():
