@@ -25,6 +25,8 @@ def main() -> None:
     temporary.replace(arguments.out)
     for case in found["false_verdicts"]:
         form = case.get("method", "Welch t over seeds")
+        if "spread_ratio" in case:
+            form += f", spreads 1 to {case['spread_ratio']:g}"
         print(f"A/A, {case['rows']} rows, {case['seeds']} seeds, {form}: {100 * case['share']:.1f} % false verdicts")
     for case in found["other_intervals"]:
         shared = ", shared" if "method" in case else ""

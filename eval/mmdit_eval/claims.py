@@ -30,28 +30,33 @@ def claimed_scores(files: Files) -> list[str]:
 
 
 def pairs_of_rows(files: Files) -> list[tuple[str, str]]:
-    """Return (row, reference) of every comparison that the study makes."""
-    rows, against = [row for row in files.rows if files.of(row)], files.study["claims"]["against"]
+    """Return (row, reference) of every comparison that the study states, whether or not its cells are judged."""
+    against = files.study["claims"]["against"]
     if against == "all":
-        return [(b, a) for a, b in itertools.combinations(rows, 2)]
+        return [(b, a) for a, b in itertools.combinations(files.rows, 2)]
     reference = against or (files.study["match"] or {}).get("reference") or next(iter(files.rows), None)
-    return [(row, reference) for row in rows if row != reference] if reference in rows else []
+    return [(row, reference) for row in files.rows if row != reference] if reference in files.rows else []
+
+
+def stated_claims(files: Files) -> list[tuple[str, str, str, str]]:
+    """Return (row, reference, split, score) of every claim, those of cells that are missing too."""
+    splits = [split for split in files.study["claims"]["splits"] or files.splits if split in files.splits]
+    return [
+        (*rows, *rest) for rows in pairs_of_rows(files) for rest in itertools.product(splits, claimed_scores(files))
+    ]
 
 
 def judge_claims(files: Files) -> list[Difference]:
-    """Test every claim of a study and correct them together; none where the stamps forbid a comparison."""
+    """Test every claim whose cells are judged and correct all together; none where the stamps forbid a comparison."""
     if incomparable(files):
         return []
-    splits = [split for split in files.study["claims"]["splits"] or files.splits if split in files.splits]
-    found = []
-    for first, second in pairs_of_rows(files):
-        pairs = paired_by_design(files, first, second)
-        for split, score in itertools.product(splits, claimed_scores(files)):
-            a, b = (_values(files.of(row), split, score) for row in (first, second))
-            if a and b:
-                names = {"first": first, "second": second, "split": split, "score": score}
-                found.append({**difference(a, b, pairs=pairs), **names})
-    return decide(found)
+    found, stated = [], stated_claims(files)
+    for first, second, split, score in stated:
+        a, b = (_values(files.of(row), split, score) for row in (first, second))
+        if a and b:
+            names = {"first": first, "second": second, "split": split, "score": score}
+            found.append({**difference(a, b, pairs=paired_by_design(files, first, second)), **names})
+    return decide(found, stated=len(stated))
 
 
 def paired_by_design(files: Files, first: str, second: str) -> bool:
@@ -128,11 +133,11 @@ def _limits(files: Files, claims: Sequence[Difference]) -> list[str]:
             "One seed ranks nothing: the intervals cover the chance of prompts and noise, not that of training. "
             "Another seed may turn the order round."
         )
-    tested = sum(claim["p"] is not None for claim in claims)
-    if tested > 1:
-        found.append(
-            f"{tested} comparisons were stated beforehand and are corrected together (Holm); intervals are not."
-        )
+    tested, stated = sum(claim["p"] is not None for claim in claims), len(stated_claims(files))
+    if tested and stated > 1:
+        words = f"{stated} comparisons were stated beforehand and are corrected together (Holm); intervals are not."
+        missing = f" {stated - tested} of them could not be tested and still count." if tested < stated else ""
+        found.append(words + missing)
     return found
 
 

@@ -152,6 +152,8 @@ def _read_cell(study: Path, name: str, book: Mapping[str, Any]) -> Cell:
             cell.log.append(json.loads(line))
         except ValueError:
             continue  # the last line of a run that was killed while writing it
+    if cell.status == "failed":  # what lies there is of another config, or of a training that did not end
+        return cell
     found = [read_result(path) for path in sorted((folder / "eval").glob("*.json"))]
     # by what a result says of itself: a sweep by the suite `tiny` leaves `tiny-guidance-8` and a table beside it
     own = (result for result in found if result is not None and result.get("suite") == suite["name"])

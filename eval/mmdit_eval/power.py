@@ -20,7 +20,7 @@ import scipy.stats
 
 POWER = 0.8  # of "could have shown" and of the seeds asked for
 MOST_SEEDS = 200
-_SHARES, _SCALES = 64, 512  # nodes of the two averages: powers are good to 1e-7
+_SHARES, _SCALES = 32, 256  # nodes of the two averages: powers are good to 1e-6
 
 
 def power(difference: float, spread: Sequence[float], seeds: Sequence[int], alpha: float = 0.05) -> float:

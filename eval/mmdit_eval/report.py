@@ -21,6 +21,7 @@ from mmdit_eval.figures import figures, grids
 from mmdit_eval.findings import Files, cost_table, equal_budgets, estimate, pictures_of_curves, read_study, score_table
 from mmdit_eval.scores import SCORES, shown, shown_interval, split_names
 from mmdit_eval.statistics import Estimate
+from mmdit_eval.verdicts import PAIRED
 
 TEMPLATES = Path(__file__).parent / "templates"
 LATENTS = ("encoders.vae", "encoders.latent_shift", "encoders.latent_scale", "encoders.posterior")
@@ -222,6 +223,7 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
     environment.filters["interval"] = lambda value, score: shown_interval(score, value["low"], value["high"])
     styles = plots.row_styles(files.rows)
     seeds, changed = len(files.study["seeds"]), _changed(files)
+    claims = judge_claims(files)
     return environment.get_template("report.html.j2").render(
         files=files,
         study=files.study,
@@ -235,7 +237,10 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
         seeds=seeds,
         columns=_columns(files),
         scores=score_table(files),
-        claims=[(claim, for_new_prompts(files, claim)) for claim in judge_claims(files)],
+        claims=[(claim, for_new_prompts(files, claim)) for claim in claims],
+        least_pairs=min(
+            (c["seeds"][0] for c in claims if c["method"] == PAIRED and c["permutation"] is not None), default=0
+        ),
         confounded=[row for row, kept in files.book["rows"].items() if kept["confounded"]],
         costs=cost_table(files),
         budgets=equal_budgets(files),

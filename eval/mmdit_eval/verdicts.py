@@ -156,13 +156,18 @@ def permutation(first: Sequence[float], second: Sequence[float], pairs: bool = F
     return extreme / len(found) if exact else (extreme + 1) / (len(found) + 1)
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """Return p values corrected so that a whole family is wrong with at most its level. Source: Holm 1979."""
+def holm(values: Sequence[float], family: int | None = None) -> list[float]:
+    """Return p values corrected so that a whole family is wrong with at most its level. Source: Holm 1979.
+
+    Args:
+        family: how many claims were stated, where some of them have no p value yet; those count as the largest.
+    """
+    count = max(family or 0, len(values))
     order = np.argsort(values, kind="stable")
     corrected = [0.0] * len(values)
     largest = 0.0
     for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * float(values[index])))
+        largest = max(largest, min(1.0, (count - rank) * float(values[index])))
         corrected[int(index)] = largest
     return corrected
 
@@ -213,14 +218,16 @@ def difference(
     }  # fmt: skip
 
 
-def decide(claims: Sequence[Mapping[str, Any]], level: float = LEVEL) -> list[Difference]:
+def decide(claims: Sequence[Mapping[str, Any]], level: float = LEVEL, *, stated: int | None = None) -> list[Difference]:
     """Correct all claims of a study together and say which rows are better.
 
     Args:
         claims: results of `difference`, each with "first", "second", "split" and "score".
+        stated: how many the study states, which missing cells do not make fewer; None: as many as `claims`.
     """
     tested = [i for i, claim in enumerate(claims) if claim["p"] is not None]
-    corrected = dict(zip(tested, holm([claims[i]["p"] for i in tested]), strict=True))
+    family = max(stated or 0, len(claims))
+    corrected = dict(zip(tested, holm([claims[i]["p"] for i in tested], family), strict=True))
     decided = []
     for i, claim in enumerate(claims):
         verdict, could = claim["verdict"], None
@@ -228,7 +235,7 @@ def decide(claims: Sequence[Mapping[str, Any]], level: float = LEVEL) -> list[Di
             better = SCORES.get(claim["score"], Score("", +1)).better
             if corrected[i] <= 1 - level:
                 verdict = "first" if claim["value"] * better > 0 else "second"
-            could = detectable(claim["spread"], claim["seeds"], alpha=(1 - level) / len(tested))
+            could = detectable(claim["spread"], claim["seeds"], alpha=(1 - level) / family)
         kept = {key: value for key, value in claim.items() if key not in ("spread", "error")}
         decided.append(Difference(**{**kept, "p_holm": corrected.get(i), "detectable": could, "verdict": verdict}))  # type: ignore[typeddict-item]
     return decided

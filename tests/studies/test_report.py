@@ -150,6 +150,17 @@ def test_the_head_calls_equal_only_what_no_row_varies(study, row, differs, decla
     assert said.split(", ") == [part for part in every if part not in differs]
 
 
+@pytest.mark.parametrize(("seeds", "said"), [(5, True), (6, False)])
+def test_five_pairs_are_said_to_be_too_few_for_a_small_permutation_p(tmp_path, seeds, said):
+    folder = write_study(tmp_path, seeds=tuple(range(seeds)))
+    book = json.loads((folder / "study.json").read_text())
+    book["study"]["claims"]["pairs"] = "seeds"
+    (folder / "study.json").write_text(json.dumps(book))
+    page = " ".join(html(read_study(folder), drawn=[]).split())
+    assert ("5 pairs of seeds give no permutation p below 0.062" in page) == said
+    assert min(claim["permutation"] for claim in summary(read_study(folder))["claims"]) == 2 / 2**seeds
+
+
 @pytest.mark.parametrize(("rule", "method"), [("seeds", "paired t over seeds"), ("none", "Welch t over seeds")])
 def test_what_is_said_of_new_prompts_pairs_seeds_where_the_verdict_does(tmp_path, rule, method):
     folder = write_study(tmp_path, seeds=(0, 1, 2))
@@ -381,6 +392,39 @@ def test_a_failed_cell_is_listed_and_the_others_are_shown(tmp_path):
     page = write_report(write_study(tmp_path, failed="unet-s0")).read_text()
     assert "training ended with exit code 1" in page
     assert summary(read_study(tmp_path))["cells"]["unet-s0"]["status"] == "failed"
+
+
+def test_no_verdict_stands_on_a_failed_cell(tmp_path):
+    """Its results may be of another config: of the study before a field was changed."""
+    folder = write_study(tmp_path, seeds=(0, 1, 2))
+    book = json.loads((folder / "study.json").read_text())
+    for seed in (1, 2):
+        book["cells"][f"unet-s{seed}"].update(status="failed", reason="holds a run with another config")
+    (folder / "study.json").write_text(json.dumps(book))
+    files = read_study(folder)
+    assert [cell.folder.name for cell in files.of("unet")] == ["unet-s0"]
+    [claim] = [claim for claim in summary(files)["claims"] if claim["split"] == "seen"]
+    assert (claim["verdict"], claim["seeds"]) == ("one seed", (1, 3))
+    assert any("Not judged: unet-s1, unet-s2" in line for line in verdict(files))
+    assert "holds a run with another config" in html(files, drawn=[])
+
+
+def test_missing_cells_do_not_make_the_correction_milder(tmp_path):
+    folder = widen(write_study(tmp_path, seeds=(0, 1, 2)), 5)
+    whole = {(c["first"], c["split"]): c for c in summary(read_study(folder))["claims"]}
+    assert len(whole) == 8
+    for path in folder.glob("row_[34]-s?/eval/*.json"):
+        path.unlink()
+    files = read_study(folder)
+    rest = {(c["first"], c["split"]): c for c in summary(files)["claims"]}
+    assert len(rest) == 4
+    smallest = min(rest.values(), key=lambda claim: claim["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1.0, 8 * smallest["p"]))
+    assert smallest["detectable"] == pytest.approx(whole[smallest["first"], smallest["split"]]["detectable"])
+    assert any(
+        line.startswith("8 comparisons were stated beforehand") and "4 of them could not be tested" in line
+        for line in verdict(files)
+    )
 
 
 def test_a_cell_that_was_judged_before_its_training_ended_is_named(study):

@@ -63,6 +63,7 @@ def test_holm_against_its_definition():
     assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+    assert holm([0.01, 0.02], family=4) == pytest.approx([0.04, 0.06])  # two more, not tested yet, count as the largest
 
 
 def test_hedges_g_is_unbiased_for_few_seeds():
