@@ -1,6 +1,6 @@
 """Simulate studies whose truth is known and write how often the verdicts are wrong: results/calibration/verdicts.json.
 
-python scripts/calibrate_verdicts.py [--studies 1000]      about 2 minutes on one core
+python scripts/calibrate_verdicts.py [--studies 1000] [--page docs/studies.md]      about 8 minutes on one core
 """
 
 import argparse
@@ -8,7 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from mmdit_eval.calibration import calibrate
+from mmdit_eval.calibration import calibrate, markdown
+from mmdit_eval.readme import rewrite
 
 
 def main() -> None:
@@ -16,6 +17,7 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/calibration/verdicts.json"))
+    parser.add_argument("--page", type=Path, help="also write the tables into this page, docs/studies.md")
     arguments = parser.parse_args()
     command = f"python scripts/calibrate_verdicts.py --studies {arguments.studies} --seed {arguments.seed}"
     found = {"command": command, **calibrate(arguments.studies, arguments.seed)}
@@ -23,23 +25,11 @@ def main() -> None:
     temporary = arguments.out.with_name(f".{arguments.out.name}.{os.getpid()}")
     temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     temporary.replace(arguments.out)
-    for case in found["false_verdicts"]:
-        form = case.get("method", "Welch t over seeds")
-        if "spread_ratio" in case:
-            form += f", spreads 1 to {case['spread_ratio']:g}"
-        print(f"A/A, {case['rows']} rows, {case['seeds']} seeds, {form}: {100 * case['share']:.1f} % false verdicts")
-    for case in found["other_intervals"]:
-        shared = ", shared" if "method" in case else ""
-        print(
-            f"A/A, 2 rows, {case['seeds']} seeds{shared}: mixed model {100 * case['mixed_model']['share']:.1f} %, "
-            f"bootstrap over pictures {100 * case['bootstrap_over_pictures']['share']:.1f} %"
-        )
-    for case in found["planted_effects"]:
-        print(
-            f"planted {100 * case['difference']:.1f} points, {case['rows']} rows, {case['seeds']} seeds, "
-            f"{case.get('method', 'Welch t over seeds')}: found in {100 * case['share']:.1f} %, promised "
-            f"{100 * case['promised']:.1f} %"
-        )
+    block = markdown(found)
+    print(block)
+    if arguments.page is not None:
+        page = rewrite(arguments.page.read_text(encoding="utf-8"), block, "calibration")
+        arguments.page.write_text(page, encoding="utf-8")
     print(arguments.out)
 
 

@@ -7,6 +7,7 @@ difficulty, on the scale of log-odds. A/A studies have rows of equal quality, so
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import scipy.stats
 from mmdit_eval.mixed import mixed_difference
 from mmdit_eval.power import power
 from mmdit_eval.statistics import paired_interval
-from mmdit_eval.verdicts import LEVEL, PAIRED, decide, difference
+from mmdit_eval.verdicts import LEVEL, PAIRED, WELCH, decide, difference
 
 QUALITY, SEED_SPREAD, PROMPT_SPREAD = 1.0, 0.35, 1.0  # log-odds: some 70 % right, seeds 6 points apart
 OWN_SPREAD = 0.1  # where rows share their trainings: what a seed's networks gain or lose under one row's sampling alone
@@ -138,7 +139,10 @@ def calibrate(studies: int = 1_000, seed: int = 0) -> dict[str, Any]:
             false_verdicts(studies, rows, seeds, 256, seed)
             for rows, seeds in ((2, 2), (2, 3), (2, 5), (4, 3), (4, 5), (8, 3), (8, 5))
         ]
-        + [false_verdicts(studies, rows, seeds, 256, seed, ratio=4.0) for rows, seeds in ((2, 3), (2, 5), (8, 5))]
+        + [
+            false_verdicts(studies, rows, seeds, 256, seed, ratio=ratio)
+            for rows, seeds, ratio in ((2, 3, 4.0), (2, 5, 4.0), (8, 5, 4.0), (2, 3, 6.0), (5, 3, 6.0), (5, 5, 6.0))
+        ]
         + [false_verdicts(studies, rows, seeds, 256, seed, pairs=True) for rows, seeds in ((2, 3), (2, 5), (5, 5))],
         "other_intervals": [
             other_intervals(studies, seeds, 256, seed, pairs) for pairs in (False, True) for seeds in (3, 5)
@@ -152,3 +156,30 @@ def calibrate(studies: int = 1_000, seed: int = 0) -> dict[str, Any]:
             for rows, seeds, planted in ((2, 3, 0.6), (2, 5, 0.4), (5, 5, 0.6))
         ],
     }
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Return what `calibrate` found as the tables of docs/studies.md."""
+    lines = ["| no difference, 256 pictures a split | rows | seeds | studies with a verdict |", "|---|---:|---:|---:|"]
+    for case in found["false_verdicts"]:
+        lines.append(f"| {_test(case)} | {case['rows']} | {case['seeds']} | {_percent(case)} |")
+    lines += ["", "| a planted difference | rows | seeds | points | promised by `power` | found |"]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
+    for case in found["planted_effects"]:
+        points, promised = f"{100 * case['difference']:.1f}", f"{100 * case['promised']:.1f} %"
+        lines.append(f"| {_test(case)} | {case['rows']} | {case['seeds']} | {points} | {promised} | {_percent(case)} |")
+    lines += ["", "| no difference, two rows | seeds | mixed model, new prompts | bootstrap over pictures |"]
+    lines += ["|---|---:|---:|---:|"]
+    for case in found["other_intervals"]:
+        kinds = " | ".join(_percent(case[kind]) for kind in ("mixed_model", "bootstrap_over_pictures"))
+        lines.append(f"| {'shared seeds' if 'method' in case else 'seeds of their own'} | {case['seeds']} | {kinds} |")
+    return "\n".join(lines)
+
+
+def _test(case: Mapping[str, Any]) -> str:
+    unequal = f", spreads 1 to {case['spread_ratio']:g}" if "spread_ratio" in case else ""
+    return case.get("method", WELCH) + unequal
+
+
+def _percent(case: Mapping[str, Any]) -> str:
+    return f"{100 * case['share']:.1f} % [{100 * case['low']:.1f} – {100 * case['high']:.1f}]"

@@ -183,6 +183,7 @@ def _warnings(files: Files) -> list[str]:
                 f"{row} is confounded: it differs from the reference in {', '.join(kept['confounded'])} too, so its "
                 f"differences have no one cause."
             )
+    found += _little_to_subtract(files)
     for cell in files.judged:
         judged = (cell.result or {})["images_seen"]
         trained = max((record["images_seen"] for record in cell.records("train")), default=0)
@@ -198,6 +199,19 @@ def _warnings(files: Files) -> list[str]:
     if missing:
         found.append(f"Not judged: {', '.join(missing)}.")
     return found
+
+
+def _little_to_subtract(files: Files) -> list[str]:
+    """Name the rows whose negative text, the run's null, has hardly a token to subtract."""
+    little = {"sampling.negative_guidance": "kv_subtract", "encoders.padding": "mask"}
+    stamps = {cell.row: (cell.result or {}).get("stamp", {}).get("inference", {}) for cell in files.judged}
+    rows = [row for row, stamp in stamps.items() if all(stamp.get(key) == value for key, value in little.items())]
+    if not rows:
+        return []
+    return [
+        f"The negative text of {', '.join(rows)} is the run's null, which has one or two tokens a stream: kv_subtract "
+        f"leaves the prompt's others as they are."
+    ]
 
 
 def _of_before(files: Files) -> list[str]:

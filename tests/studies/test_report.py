@@ -394,6 +394,19 @@ def test_a_failed_cell_is_listed_and_the_others_are_shown(tmp_path):
     assert summary(read_study(tmp_path))["cells"]["unet-s0"]["status"] == "failed"
 
 
+@pytest.mark.parametrize(("padding", "said"), [("mask", True), ("attend", False)])
+def test_a_masked_null_is_said_to_leave_little_to_subtract(study, padding, said):
+    [file] = (study / "unet-s0" / "eval").glob("tiny-000000003000.json")
+    result = json.loads(file.read_text())
+    settings = {"sampling.negative_guidance": "kv_subtract", "encoders.padding": padding}
+    result["stamp"] = {**result["stamp"], "inference": {**result["stamp"]["inference"], **settings}}
+    file.write_text(json.dumps(result))
+    book = json.loads((study / "study.json").read_text())
+    book["study"]["varies"] = list(settings)
+    (study / "study.json").write_text(json.dumps(book))
+    assert any(line.startswith("The negative text of unet is") for line in verdict(read_study(study))) == said
+
+
 def test_no_verdict_stands_on_a_failed_cell(tmp_path):
     """Its results may be of another config: of the study before a field was changed."""
     folder = write_study(tmp_path, seeds=(0, 1, 2))
