@@ -67,7 +67,7 @@ def run_study(
     study = load_study(path, overrides)
     study_dir = Path(out) / study.name
     check_book(study_dir)
-    row_configs(study)  # mistakes in the YAML are answered before torch is imported
+    row_configs(study, str(path))  # mistakes in the YAML are answered before torch is imported
 
     from mmdit_eval.plan import make_plan, print_plan  # torch from here on
 
