@@ -2,8 +2,8 @@
 
 Trains each row and seed as its own process, judges them and writes runs/<study>/report.html. The same command goes on
 after Ctrl-C; with more seeds it trains only the new cells. Report only, from files: python scripts/ablate.py
---report-only runs/quickstart. Seeds that a difference needs, from the spread of a study that was run:
-python scripts/ablate.py power runs/quickstart --metric relation --difference 2
+--report-only runs/quickstart. Seeds that a difference needs, from the spread and for the claims of a study that was run:
+python scripts/ablate.py power runs/quickstart --metric relation --difference 2 [--split heldout] [--comparisons 16]
 """
 
 import argparse
@@ -24,8 +24,8 @@ def main() -> int:
     if power:
         parser.add_argument("--metric", required=True, help="a score of the study: relation, all_correct, frechet, ...")
         parser.add_argument("--difference", type=float, required=True, help="to be found; points for scores in %%")
-        parser.add_argument("--split", choices=("seen", "heldout"))
-        parser.add_argument("--comparisons", type=int, default=1, help="claims of the planned study")
+        parser.add_argument("--split", choices=("seen", "heldout"), help="default: the first that the study claims")
+        parser.add_argument("--comparisons", type=int, help="of the planned study; default: as the study claims")
     else:
         parser.add_argument("--out", type=Path, default=Path("runs"), help="where the study's folder is made")
         parser.add_argument("--dry-run", action="store_true", help="print the grid with its cost and stop")

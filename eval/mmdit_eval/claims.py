@@ -38,19 +38,27 @@ def pairs_of_rows(files: Files) -> list[tuple[str, str]]:
     return [(row, reference) for row in rows if row != reference] if reference in rows else []
 
 
+def claimed_splits(files: Files) -> list[str]:
+    """Return the splits that the study gives verdicts on: those it names and judged, or all."""
+    return [split for split in files.study["claims"]["splits"] or files.splits if split in files.splits]
+
+
+def stated_claims(files: Files) -> list[tuple[str, str, str, str]]:
+    """Return (row, reference, split, score) of every claim."""
+    claims = itertools.product(pairs_of_rows(files), claimed_splits(files), claimed_scores(files))
+    return [(first, second, split, score) for (first, second), split, score in claims]
+
+
 def judge_claims(files: Files) -> list[Difference]:
     """Test every claim of a study and correct them together; none where the stamps forbid a comparison."""
     if incomparable(files):
         return []
-    splits = [split for split in files.study["claims"]["splits"] or files.splits if split in files.splits]
     found = []
-    for first, second in pairs_of_rows(files):
-        pairs = paired_by_design(files, first, second)
-        for split, score in itertools.product(splits, claimed_scores(files)):
-            a, b = (_values(files.of(row), split, score) for row in (first, second))
-            if a and b:
-                names = {"first": first, "second": second, "split": split, "score": score}
-                found.append({**difference(a, b, pairs=pairs), **names})
+    for first, second, split, score in stated_claims(files):
+        a, b = (_values(files.of(row), split, score) for row in (first, second))
+        if a and b:
+            names = {"first": first, "second": second, "split": split, "score": score}
+            found.append({**difference(a, b, pairs=paired_by_design(files, first, second)), **names})
     return decide(found)
 
 

@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import yaml
 from mmdit_eval import executor, slurm, study
-from mmdit_eval.pilot import plan_from_pilot
-from mmdit_eval.power import seeds_needed
+from mmdit_eval.claims import judge_claims
+from mmdit_eval.findings import read_study
+from mmdit_eval.pilot import plan_from_pilot, print_power
+from mmdit_eval.power import Spread, seeds_needed
 from mmdit_eval.slurm import run_jobs, stop, submit
 from mmdit_eval.study import StudyInterrupted, run_study
 
 from mmdit.config import ConfigError, SlurmConfig, to_tree
 from mmdit.train.optim import lr_at
 from mmdit.train.trainer import train
-from tests.studies.made_up import write_study
+from tests.studies.made_up import widen, write_study
 from tests.studies.stand_ins import Ended, in_process
 
 
@@ -380,9 +382,10 @@ def test_power_plans_from_a_pilots_spread(tmp_path, request):
     assert spread["df"] == 4
     lines = {line["pictures"]: line for line in found["lines"]}
     deviation = (spread["training"] ** 2 + spread["sample"] ** 2 / 1024) ** 0.5
-    assert lines[1024]["seeds"] == seeds_needed(0.05, (deviation, deviation))
+    # without claims of its own it decides one score on both splits
+    assert (found["split"], found["comparisons"]) == ("seen", 2)
+    assert lines[1024]["seeds"] == seeds_needed(0.05, (deviation, deviation), alpha=0.025)
     assert all(line["careful"] is None or line["careful"] >= line["seeds"] for line in found["lines"])
-    assert plan_from_pilot(folder, "frechet", 0.1)["spread"]["sample"] == 0.0
     assert not found["pairs"]
     book = json.loads((folder / "study.json").read_text())
     book["study"]["claims"]["pairs"] = "seeds"  # the spread of the differences, and Student's test of them
@@ -397,20 +400,75 @@ def test_power_plans_from_a_pilots_spread(tmp_path, request):
     values = [[cell["splits"]["seen"]["scores"]["frechet"]["value"] for cell in cells] for cells in rows]
     apart = float(np.std(np.subtract(*values), ddof=1))
     assert found["spread"]["training"] == pytest.approx(apart, rel=1e-9)
-    assert found["lines"][0]["seeds"] == seeds_needed(0.05, (found["spread"]["training"],))
+    assert found["lines"][0]["seeds"] == seeds_needed(0.05, (found["spread"]["training"],), alpha=0.025)
     assert plan_from_pilot(folder, "all_correct", 5.0)["spread"]["sample"] > 0
     book["study"]["claims"]["pairs"] = "auto"
     (folder / "study.json").write_text(json.dumps(book))
     for arguments, message in ((("relatio", 2.0), "unknown score"), (("all_correct", 0.0), "above 0")):
         with pytest.raises(ConfigError, match=message):
             plan_from_pilot(folder, *arguments)
+    for comparisons in (0, -3):
+        with pytest.raises(ConfigError, match=f"a study has 1 comparison or more, got {comparisons}"):
+            plan_from_pilot(folder, "all_correct", 5.0, comparisons=comparisons)
     command = [sys.executable, "scripts/ablate.py", "power", str(folder), "--metric", "all_correct"]
     done = subprocess.run(
         [*command, "--difference", "5"], cwd=request.config.rootpath, capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": f"{request.config.rootpath}:{request.config.rootpath / 'eval'}"},
     )  # fmt: skip
     assert "seeds a row" in done.stdout
+    assert "split: seen combinations (as the pilot claims; or --split)" in done.stdout
+    assert "corrected for 2 comparison(s) (as the pilot claims; or --comparisons)" in done.stdout
     (tmp_path / "one").mkdir()
     one = write_study(tmp_path / "one")
     with pytest.raises(ConfigError, match="one seed a row"):
         plan_from_pilot(one, "all_correct", 5.0)
+
+
+def test_power_plans_for_the_claims_of_the_pilot_unless_told_otherwise(tmp_path, capsys):
+    folder = write_study(tmp_path, seeds=(0, 1, 2))
+    widen(folder, 4)
+    book = json.loads((folder / "study.json").read_text())
+    book["study"]["claims"].update(scores=["all_correct", "clip_score"], splits=["heldout"])
+    (folder / "study.json").write_text(json.dumps(book))
+    found = plan_from_pilot(folder, "all_correct", 5.0)
+    assert (found["split"], found["comparisons"]) == ("heldout", 3 * 1 * 2)
+    assert found["comparisons"] == len(judge_claims(read_study(folder)))
+    spread = (found["spread"]["training"] ** 2 + found["spread"]["sample"] ** 2 / 4096) ** 0.5
+    assert found["lines"][-1]["seeds"] == seeds_needed(0.05, (spread, spread), alpha=0.05 / 6)
+    print_power(folder, "all_correct", 5.0, "seen", 16)
+    printed = capsys.readouterr().out
+    assert "split: seen combinations (as given)" in printed
+    assert "corrected for 16 comparison(s) (as given)" in printed
+    assert "the score applies to" not in printed
+
+
+def test_power_counts_all_pictures_of_a_split_also_those_to_which_a_score_does_not_apply(tmp_path, capsys):
+    folder = write_study(tmp_path, seeds=(0, 1, 2))
+    for file in folder.glob("*/eval/tiny-000000003000.json"):
+        result = json.loads(file.read_text())
+        hits = result["splits"]["seen"]["per_image"]["all_correct"]
+        result["splits"]["seen"]["per_image"]["all_correct"] = hits[:10] + [None] * 30
+        file.write_text(json.dumps(result))
+    found = plan_from_pilot(folder, "all_correct", 5.0)  # 10 of the 40 pictures
+    assert found["share"] == 0.25
+    assert found["spread"]["pictures"] == 10
+    assert [line["pictures"] for line in found["lines"]] == [40, 256, 512, 1024, 2048, 4096]
+    assert found["spread"]["sample"] > 0
+    for line in found["lines"]:
+        spread = (found["spread"]["training"] ** 2 + found["spread"]["sample"] ** 2 / (line["pictures"] / 4)) ** 0.5
+        assert line["seeds"] == seeds_needed(0.05, (spread, spread), alpha=0.025)
+    print_power(folder, "all_correct", 5.0, None, None)
+    assert "the score applies to 25 % of the pictures; below, all are counted" in capsys.readouterr().out
+
+
+def test_power_says_where_nothing_is_known_about_single_pictures(tmp_path, capsys):
+    folder = write_study(tmp_path, seeds=(0, 1, 2))
+    found = plan_from_pilot(folder, "frechet", 0.1)
+    assert found["spread"]["sample"] is None
+    assert [line["pictures"] for line in found["lines"]] == [40]
+    print_power(folder, "frechet", 0.1, None, None)
+    printed = capsys.readouterr().out
+    assert "not known, so only the pilot's number of them can be planned with" in printed
+    assert "of one picture" not in printed
+    with pytest.raises(ValueError, match="the pilot's 40 pictures only, got 80"):
+        Spread(**found["spread"]).at(80)
