@@ -40,6 +40,20 @@ def handled(act: Callable[[int], None], *numbers: int) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def ignored(*numbers: int) -> Iterator[None]:
+    """Within, ignore these signals; a process that is started meanwhile goes on ignoring them."""
+    previous = {}
+    with suppress(ValueError):  # not the main thread
+        for number in numbers:
+            previous[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def interrupt(number: int) -> None:
     """Stop as Ctrl-C does where nobody ignores it; for `handled`.
 

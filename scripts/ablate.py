@@ -2,8 +2,8 @@
 
 Trains each row and seed as its own process, judges them and writes runs/<study>/report.html. The same command goes on
 after Ctrl-C; with more seeds it trains only the new cells. Report only, from files: python scripts/ablate.py
---report-only runs/quickstart. Seeds that a difference needs, from the spread of a study that was run:
-python scripts/ablate.py power runs/quickstart --metric relation --difference 2
+--report-only runs/quickstart. Seeds that a difference needs, from the spread of a study that was run, for its claims:
+python scripts/ablate.py power runs/quickstart --metric relation --difference 2 [--split heldout] [--comparisons 16]
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from mmdit_eval.study import StudyInterrupted, run_study, write_reports
 
 from mmdit.config import ConfigError
+from mmdit.registry import unknown
 
 
 def main() -> int:
@@ -24,8 +25,8 @@ def main() -> int:
     if power:
         parser.add_argument("--metric", required=True, help="a score of the study: relation, all_correct, frechet, ...")
         parser.add_argument("--difference", type=float, required=True, help="to be found; points for scores in %%")
-        parser.add_argument("--split", choices=("seen", "heldout"))
-        parser.add_argument("--comparisons", type=int, default=1, help="claims of the planned study")
+        parser.add_argument("--split", choices=("seen", "heldout"), help="default: the first that the study claims")
+        parser.add_argument("--comparisons", type=int, help="of the planned study; default: as the study claims")
     else:
         parser.add_argument("--out", type=Path, default=Path("runs"), help="where the study's folder is made")
         parser.add_argument("--dry-run", action="store_true", help="print the grid with its cost and stop")
@@ -34,6 +35,9 @@ def main() -> int:
         parser.add_argument("--report-only", action="store_true", help="train and judge nothing")
     arguments, overrides = parser.parse_known_args(sys.argv[2:] if power else None)
     try:
+        if overrides and (power or arguments.report_only):  # only a run has fields to be set
+            flags = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name != "study"]
+            raise ConfigError(unknown("flag", overrides[0].partition("=")[0], flags))
         if power:
             from mmdit_eval.pilot import print_power
 

@@ -38,12 +38,15 @@ def pairs_of_rows(files: Files) -> list[tuple[str, str]]:
     return [(row, reference) for row in files.rows if row != reference] if reference in files.rows else []
 
 
+def claimed_splits(files: Files) -> list[str]:
+    """Return the splits that the study gives verdicts on: those it names and judged, or all."""
+    return [split for split in files.study["claims"]["splits"] or files.splits if split in files.splits]
+
+
 def stated_claims(files: Files) -> list[tuple[str, str, str, str]]:
     """Return (row, reference, split, score) of every claim, those of cells that are missing too."""
-    splits = [split for split in files.study["claims"]["splits"] or files.splits if split in files.splits]
-    return [
-        (*rows, *rest) for rows in pairs_of_rows(files) for rest in itertools.product(splits, claimed_scores(files))
-    ]
+    claims = itertools.product(pairs_of_rows(files), claimed_splits(files), claimed_scores(files))
+    return [(first, second, split, score) for (first, second), split, score in claims]
 
 
 def judge_claims(files: Files) -> list[Difference]:

@@ -45,7 +45,7 @@ def run_queue(
     """
     waiting, running = list(commands), dict[str, Any]()
     stopped, gpus = False, visible_devices() if devices is None else [str(device) for device in devices]
-    with _interruptions() as interrupted:
+    with interruptions() as interrupted:
         try:
             while running or (waiting and not stopped):
                 while waiting and len(running) < workers and not stopped:
@@ -78,8 +78,8 @@ def run_queue(
 
 
 @contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """Note signals instead of raising: amid the start of a process that would leave one nobody knows of."""
+def interruptions() -> Iterator[list[int]]:
+    """Note signals instead of raising, in a list that is yielded: raising amid a start leaves one nobody knows of."""
     noted: list[int] = []
     # what a shell starts in the background ignores SIGINT, and goes on ignoring it
     with handled(noted.append, *(n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN)):

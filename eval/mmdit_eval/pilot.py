@@ -14,7 +14,7 @@ import numpy as np
 
 from mmdit.config import ConfigError
 from mmdit.registry import unknown
-from mmdit_eval.claims import paired_by_design, pairs_of_rows
+from mmdit_eval.claims import claimed_splits, paired_by_design, pairs_of_rows, stated_claims
 from mmdit_eval.findings import Files, read_study
 from mmdit_eval.mixed import common_table
 from mmdit_eval.power import POWER, Spread, pilot_spread, seeds_needed, shared_freedom
@@ -24,7 +24,7 @@ PICTURES = (256, 512, 1024, 2048, 4096)
 
 
 def plan_from_pilot(
-    folder: str | Path, metric: str, difference: float, *, split: str | None = None, comparisons: int = 1
+    folder: str | Path, metric: str, difference: float, *, split: str | None = None, comparisons: int | None = None
 ) -> dict[str, Any]:
     """Work out seeds a row for a wanted difference, at several numbers of pictures.
 
@@ -36,38 +36,45 @@ def plan_from_pilot(
     Args:
         metric: a score of the study.
         difference: as shown: points for a score in %.
-        split: None: the first that the study has.
-        comparisons: claims of the planned study, which Holm's correction will share 5 % among.
+        split: None: the first that the study claims.
+        comparisons: claims of the planned study, which Holm's correction will share 5 % among; None: as many as the
+            pilot states.
 
     Returns:
-        {"spread": {...}, "pairs": paired or not, "lines": [{"pictures", "seeds", "careful"}]}; seeds None: more than
-        200.
+        {"spread": {...}, "pairs": paired or not, "share": of the pictures to which the score applies, "lines":
+        [{"pictures": of the split, "seeds", "careful"}], ...}; seeds None: more than 200. Where nothing is known about
+        single pictures, one line: the pilot's own number.
 
     Raises:
-        ConfigError: no such score or split, or a pilot with one seed a row.
+        ConfigError: no such score or split, no comparison, or a pilot with one seed a row.
         FileNotFoundError: no study there.
     """
     files = read_study(folder)
-    split = split or next(iter(files.splits), None)
+    split = split or next(iter([*claimed_splits(files), *files.splits]), None)
     if split not in files.splits:
         raise ConfigError(f"{folder} has no results of the split {split!r}; it has {files.splits}")
     if metric not in files.scores:
         raise ConfigError(unknown("score", metric, files.scores))
     if not (difference > 0 and math.isfinite(difference)):
         raise ConfigError(f"the wanted difference must be above 0, got {difference:g}")
+    if comparisons is None:
+        comparisons = max(1, len(stated_claims(files)))
+    if comparisons < 1:
+        raise ConfigError(f"a study has 1 comparison or more, got {comparisons}")
     compared = pairs_of_rows(files)
     pairs = bool(compared) and all(paired_by_design(files, *rows) for rows in compared)
     try:
         samples = _samples(files, split, metric, compared if pairs else None)
-        spread = _spread(samples, files)
+        spread, drawn = _spread(samples), samples[-1].drawn
     except ValueError as error:
         raise ConfigError(f"{folder}: {error}") from None
     if pairs:
         spread = spread._replace(df=shared_freedom([sample.values for sample in samples]))
     wanted, alpha = difference / (SCORES[metric].factor if metric in SCORES else 1.0), 0.05 / comparisons
-    lines = []
-    for pictures in sorted({spread.pictures, *PICTURES}) if spread.sample else [spread.pictures]:
-        plain, careful = ((s,) if pairs else (s, s) for s in (spread.at(pictures), spread.careful(pictures)))
+    share, lines = spread.pictures / drawn, []
+    for pictures in [drawn] if spread.sample is None else sorted({drawn, *PICTURES}):
+        applies = spread.pictures if pictures == drawn else pictures * share
+        plain, careful = ((s,) if pairs else (s, s) for s in (spread.at(applies), spread.careful(applies)))
         lines.append({
             "pictures": pictures,
             "seeds": seeds_needed(wanted, plain, alpha=alpha),
@@ -75,15 +82,22 @@ def plan_from_pilot(
         })  # fmt: skip
     return {
         "metric": metric, "split": split, "split_name": files.split_names[split], "difference": difference,
-        "spread": spread._asdict(), "pairs": pairs, "lines": lines,
+        "comparisons": comparisons, "spread": spread._asdict(), "pairs": pairs, "share": share, "lines": lines,
     }  # fmt: skip
 
 
 class _Sample(NamedTuple):
-    """One number a seed, whose spread is wanted; and that number picture by picture, [S, P], where there is one."""
+    """One number a seed, whose spread is wanted.
+
+    Attributes:
+        values: {seed: that number}.
+        table: it, picture by picture to which the score applies, [S, P]; None where there is no such number.
+        drawn: pictures of the split, whether or not the score applies to them.
+    """
 
     values: dict[int, float]
     table: np.ndarray | None
+    drawn: int
 
 
 def _samples(files: Files, split: str, metric: str, compared: Sequence[tuple[str, str]] | None) -> list[_Sample]:
@@ -102,12 +116,13 @@ def _samples(files: Files, split: str, metric: str, compared: Sequence[tuple[str
         lists = [[rows[row][seed]["per_image"].get(metric) for seed in seeds] for row in group]
         known = all(one is not None for row in lists for one in row)
         table = np.subtract.reduce(common_table(lists)) if known else None
-        found.append(_Sample(dict(zip(seeds, np.subtract.reduce(values).tolist(), strict=True)), table))
+        drawn = min(rows[row][seed]["num_images"] for row in group for seed in seeds)
+        found.append(_Sample(dict(zip(seeds, np.subtract.reduce(values).tolist(), strict=True)), table, drawn))
     return found
 
 
-def _spread(samples: Sequence[_Sample], files: Files) -> Spread:
-    """Pool the spread over seeds; of scores without pictures of their own only the training's."""
+def _spread(samples: Sequence[_Sample]) -> Spread:
+    """Pool the spread over seeds; what pictures add to it is not known of scores that none has by itself."""
     if not samples:
         return pilot_spread([np.ones((1, 2))])  # says what is missing
     tables = [sample.table for sample in samples if sample.table is not None]
@@ -116,26 +131,33 @@ def _spread(samples: Sequence[_Sample], files: Files) -> Spread:
     values = [list(sample.values.values()) for sample in samples]
     df = sum(len(v) - 1 for v in values)
     between = sum(float(np.var(v, ddof=1)) * (len(v) - 1) for v in values) / df
-    return Spread(math.sqrt(between), 0.0, files.study["suite"]["num_images"], df)
+    return Spread(math.sqrt(between), None, samples[-1].drawn, df)
 
 
-def print_power(folder: str | Path, metric: str, difference: float, split: str | None, comparisons: int) -> None:
+def print_power(folder: str | Path, metric: str, difference: float, split: str | None, comparisons: int | None) -> None:
     """Print what `plan_from_pilot` found."""
     from rich.console import Console
     from rich.table import Table
 
     found = plan_from_pilot(folder, metric, difference, split=split, comparisons=comparisons)
     style, spread = SCORES[metric], found["spread"]
-    unit = "points" if style.unit == "%" else ""
+    unit = " points" if style.unit == "%" else ""
     kind = "two rows' difference (rows share their seeds: paired test)" if found["pairs"] else "a training's quality"
+    of_pictures = "; what pictures add to it is not known, so only the pilot's number of them can be planned with"
+    if spread["sample"] is not None:
+        of_pictures = f", of one picture {style.factor * spread['sample']:.1f}"
+    told = [
+        f"To find a difference of {difference:g}{unit} in {style.label} {100 * POWER:.0f} times in 100, from a pilot "
+        f"with {spread['df']:.3g} degree(s) of freedom:",
+        f"  split: {found['split_name']} ({'as the pilot claims; or --split' if split is None else 'as given'})",
+        f"  corrected for {found['comparisons']} comparison(s) "
+        f"({'as the pilot claims; or --comparisons' if comparisons is None else 'as given'})",
+        f"  spread of {kind} from seed to seed {style.factor * spread['training']:.2f}{of_pictures}",
+    ]
+    if found["share"] < 1:
+        told.append(f"  the score applies to {100 * found['share']:.0f} % of the pictures; below, all are counted")
     console = Console()
-    console.print(
-        f"To find a difference of {difference:g} {unit} in {style.label} ({found['split_name']}) {100 * POWER:.0f} "
-        f"times in 100, {comparisons} comparison(s); from a pilot with {spread['df']:.3g} degree(s) of freedom:\n"
-        f"  spread of {kind} from seed to seed {style.factor * spread['training']:.2f}, of one picture "
-        f"{style.factor * spread['sample']:.1f}",
-        highlight=False,
-    )
+    console.print("\n".join(told), highlight=False, soft_wrap=True)
     table = Table("pictures a split", "seeds a row", "careful", caption="careful: the pilot's spread may be too small")
     for line in found["lines"]:
         table.add_row(f"{line['pictures']:,}", *(str(line[k] or "over 200") for k in ("seeds", "careful")))

@@ -89,7 +89,7 @@ def make_plan(study: StudyConfig, source: str = "study") -> Plan:
             lookup(SCORES, score, "score")
         except ValueError as error:
             raise ConfigError(f"{source}: claims.scores: {error}") from None
-    cells = row_configs(study)
+    cells = row_configs(study, source)
     confounded = confounded_rows(study, cells)
     for configs in cells.values():
         suite = check_suite(study.suite, next(iter(configs.values())))

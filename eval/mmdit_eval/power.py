@@ -117,21 +117,30 @@ class Spread(NamedTuple):
 
     Attributes:
         training: deviation of a row's true quality from seed to seed.
-        sample: deviation of one picture's score around its row, seed and prompt: shrinks with the pictures.
+        sample: deviation of one picture's score around its row, seed and prompt: shrinks with the pictures. None: not
+            known, and `training` holds the pictures' part too.
         pictures: a seed's value in the pilot stands on so many.
         df: degrees of freedom behind them.
     """
 
     training: float
-    sample: float
+    sample: float | None
     pictures: int
     df: float
 
-    def at(self, pictures: int) -> float:
-        """Deviation of a seed's value when it stands on so many pictures."""
+    def at(self, pictures: float) -> float:
+        """Deviation of a seed's value when it stands on so many pictures.
+
+        Raises:
+            ValueError: what pictures add is not known, and these are not as many as the pilot's.
+        """
+        if self.sample is None:
+            if pictures != self.pictures:
+                raise ValueError(f"the spread is known at the pilot's {self.pictures} pictures only, got {pictures:g}")
+            return self.training
         return math.sqrt(self.training**2 + self.sample**2 / pictures)
 
-    def careful(self, pictures: int, confidence: float = 0.8) -> float:
+    def careful(self, pictures: float, confidence: float = 0.8) -> float:
         """Deviation that the true one stays below with this confidence: few seeds know their own spread badly."""
         factor = self.df / scipy.stats.chi2.ppf(1 - confidence, self.df)
         return float(self.at(pictures) * math.sqrt(factor))

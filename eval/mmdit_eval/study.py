@@ -67,13 +67,14 @@ def run_study(
     study = load_study(path, overrides)
     study_dir = Path(out) / study.name
     check_book(study_dir)
-    row_configs(study)  # mistakes in the YAML are answered before torch is imported
+    row_configs(study, str(path))  # mistakes in the YAML are answered before torch is imported
 
     from mmdit_eval.plan import make_plan, print_plan  # torch from here on
 
     plan = make_plan(study, str(path))
     print_plan(study, plan, rate=rate, measure=measure)
     if dry_run:
+        _say_what_is_missing(study, say)
         return 0
 
     study_dir.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,16 @@ def run_study(
         say(f"failed: {name}: {book.cells[name]['reason']}")
     say(f"report: {report}")
     return 1 if failed else 0
+
+
+def _say_what_is_missing(study: StudyConfig, say: Say) -> None:
+    """Warn where this machine could plan the study and not start its jobs."""
+    if study.executor == "slurm":
+        from mmdit_eval.slurm import missing
+
+        reason = missing(study.slurm)
+        if reason is not None:
+            say(f"warning: the study could not be started here: {reason}")
 
 
 def _say_what_leaves(study_dir: Path, study: StudyConfig, rows: Iterable[str], say: Say) -> None:

@@ -17,23 +17,31 @@ from mmdit.registry import unknown
 Cells = dict[str, dict[int, RunConfig]]
 
 
-def row_configs(study: StudyConfig) -> Cells:
+def row_configs(study: StudyConfig, source: str = "study") -> Cells:
     """Resolve every (row, seed) of a study and refuse rows that change more than the study may vary.
+
+    Args:
+        source: the study's file, for what is said of a mistake in it.
 
     Returns:
         {row: {seed: config}}.
 
     Raises:
         ConfigError: a row does not validate, stands there twice, or differs from the reference row in a field outside
-            `varies`.
+            `varies`; the base does not validate.
     """
-    base = merge(read_tree(study.base), study.overrides)
+    own = read_tree(study.base)
+    base = merge(own, study.overrides)
     cells: Cells = {}
     for row, changes in all_rows(study).items():
         tree = merge(merge(base, changes), _budget(study, row, changes))
         for seed in study.seeds:
             cell = merge(tree, {"seed": seed, "name": f"{row}-s{seed}"})
-            cells.setdefault(row, {})[seed] = resolve(cell, source=f"{study.base}, row {row!r}")
+            try:
+                cells.setdefault(row, {})[seed] = resolve(cell, source=f"{source}, row {row!r}")
+            except ConfigError:
+                resolve(own, source=str(study.base))  # where the base is wrong by itself, this says so
+                raise
     _check_named_rows(study, cells)
     for other, fields in confounded_rows(study, cells).items():
         if not study.allow_confounded:

@@ -130,6 +130,14 @@ class StudyConfig(Config):
         """`mmdit:` without anything after it is the base as it stands."""
         return {name: {} if row is None else row for name, row in rows.items()} if isinstance(rows, dict) else rows
 
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _listed_seeds(cls, seeds: Any) -> Any:
+        """A number alone could be a seed or how many."""
+        if isinstance(seeds, int | str):
+            raise ValueError(f"expected a list, got {seeds!r}; write --seeds [0,1,2], or seeds: [0, 1, 2] in the study")
+        return seeds
+
     @model_validator(mode="after")
     def _fits(self) -> StudyConfig:
         if not self.rows and not self.factorial:

@@ -86,11 +86,25 @@ def test_equal_values_of_two_axes_are_told_apart_by_their_fields(write):
         ({"rows": {"a": {"train": {"images": 8}}}, "budget": {"amount": 16}}, "a budget of its own"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [0, 0]}, "listed twice"),
+        ({"seeds": 3}, r"seeds: expected a list, got 3; write --seeds \[0,1,2\]"),
     ],
 )
 def test_what_cannot_be_a_study_is_refused_in_words(write, changes, message):
     with pytest.raises(ConfigError, match=message):
         row_configs(load(write(**changes)))
+
+
+def test_a_mistake_in_a_row_names_the_study_and_one_in_the_base_the_base(write, tmp_path):
+    file = write(rows={"plain": {}, "other": {"train": {"batch_sise": 4}}})
+    for plan in (lambda: row_configs(load(file), str(file)), lambda: make_plan(load(file), str(file))):
+        with pytest.raises(ConfigError, match=rf"^{file}, row 'other': train\.batch_sise: unknown field"):
+            plan()
+    with pytest.raises(ConfigError, match=rf"^{file}, row 'other'"):
+        run_study(file, out=tmp_path / "runs", dry_run=True)
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**base, "sed": 3}))
+    with pytest.raises(ConfigError, match=rf"^{tmp_path / 'base.yaml'}: sed: unknown field"):
+        row_configs(load(file), str(file))
 
 
 def test_a_field_of_a_run_in_a_study_is_told_its_place(write):

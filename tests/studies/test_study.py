@@ -222,6 +222,12 @@ def test_the_quickstart_rows_have_equal_parameters():
         (["configs/studies/quickstart.yaml", "--rows.unet.model.headdim", "3"], "did you mean 'model.head_dim'"),
         (["configs/studies/quickstartt.yaml"], "did you mean configs/studies/quickstart.yaml"),
         (["configs/studies/quickstart.yaml", "--suite.num_imges", "3"], "did you mean 'suite.num_images'"),
+        (["configs/studies/quickstart.yaml", "--seeds", "3"], "write --seeds [0,1,2]"),
+        (
+            ["power", "results/injection", "--metric", "relation", "--difference", "2", "--comparisions", "16"],
+            "unknown flag '--comparisions'; did you mean '--comparisons'?",
+        ),
+        (["results/injection", "--report-only", "--outt=x"], "unknown flag '--outt'; did you mean '--out'?"),
     ],
 )
 def test_a_mistake_on_the_command_line_costs_neither_time_nor_a_traceback(arguments, message):
