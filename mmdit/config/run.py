@@ -122,6 +122,11 @@ def check_guidance(model: ModelConfig, encoders: EncodersConfig, sampling: Sampl
             f"sampling.negative_guidance {kind!r} acts on text tokens, of which model.injection 'pooled' has none; "
             f"use 'cfg'"
         )
+    if kind in ("kv_subtract", "nag") and encoders.use == ():
+        raise ValueError(
+            f"sampling.negative_guidance {kind!r} acts on text tokens, of which encoders.use [] leaves none: a "
+            f"negative text would be the text itself; use 'none'"
+        )
     if kind == "kv_subtract" and encoders.padding == "trim":
         raise ValueError(
             "sampling.negative_guidance 'kv_subtract' subtracts a negative text token by token, so both texts must "

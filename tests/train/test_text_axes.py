@@ -28,6 +28,11 @@ LONG = {"data": {"captions": "long", "max_objects": 6}}
 DROPOUT = {"caption": 0.1, "clip_l": 0.464, "clip_g": 0.464, "t5": 0.464}
 
 
+def dropout_of(use):
+    """The dropout of a run with some encoders."""
+    return {name: chance for name, chance in DROPOUT.items() if name in ("caption", *use)}
+
+
 @pytest.fixture
 def backbone(micro_unet):
     """The model tree of a micro backbone by name."""
@@ -73,7 +78,7 @@ def run_through(config, vae, tiny=None):
 @pytest.mark.parametrize("use", [subset for n in range(4) for subset in combinations(ENCODERS, n)], ids=str)
 def test_every_subset_of_encoders_trains_and_samples(micro, backbone, vae, text, use):
     name = list(BACKBONES)[len(use) % 3]  # each backbone meets some; what it reads is the same
-    encoders = {"use": list(use), "dropout": DROPOUT}
+    encoders = {"use": list(use), "dropout": dropout_of(use)}
     config = micro({"model": backbone(name), "encoders": encoders})
     batch, text, pipeline = run_through(config, vae, text)
     assert list(text.towers) == list(use)
@@ -161,7 +166,8 @@ def test_trimmed_text_gives_the_masked_result_for_less(micro, backbone, text, na
 
 
 def test_a_whole_run_keeps_its_axes_when_it_is_loaded_again(micro, backbone, tmp_path):
-    encoders = {"use": ["clip_g", "t5"], "pooled": "clip+t5", "pooled_at": "mean", "dropout": DROPOUT}
+    use = ["clip_g", "t5"]
+    encoders = {"use": use, "pooled": "clip+t5", "pooled_at": "mean", "dropout": dropout_of(use)}
     config = micro({"model": backbone("unet"), "encoders": encoders,
                     "train": {"images": 16, "validate_every": 16, "sample_every": 16}})  # fmt: skip
     train(config, tmp_path, progress=False)
@@ -196,11 +202,21 @@ def test_the_estimate_follows_the_axes(micro, backbone):
         (["--encoders.t5_length", "0"], "greater than 0"),
         (["--encoders.padding", "pad"], "encoders.padding: unknown value 'pad'"),
         (["--encoders.pooled", "none", "--model.injection", "pooled"], "nothing to read"),
+        (["--encoders.use", "[t5]", "--encoders.dropout", "{clip_l: 0.1, clip_g: 0.2, t5: 0.3}"],
+         r"encoders: dropout\.clip_l, dropout\.clip_g would drop what is not there: use is \['t5'\];"),
+        (["--encoders.use", "[]", "--sampling.negative_guidance", "nag"], r"of which encoders\.use \[\] leaves none"),
+        (["--encoders.use", "[]", "--sampling.negative_guidance", "kv_subtract"], r"encoders\.use \[\] leaves none"),
     ],
-)
+)  # fmt: skip
 def test_axes_that_make_no_sense_are_refused_at_the_start(overrides, words):
     with pytest.raises(ConfigError, match=words):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize("kind", ["cfg", "none", "skip_layer"])
+def test_guidance_that_needs_no_text_tokens_stays_open_to_an_unconditional_run(kind):
+    words = ["--encoders.use", "[]", "--sampling.negative_guidance", kind, "--sampling.skip_layer.layers", "[1]"]
+    assert load_config(None, words).sampling.negative_guidance == kind
 
 
 def test_the_pooled_width_is_filled_in_from_the_axis():
