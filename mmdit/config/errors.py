@@ -123,3 +123,25 @@ def _all_paths(cls: type[Config], prefix: str = "") -> list[str]:
         for member in _members(field.annotation):
             paths += _all_paths(member, f"{prefix}{name}.")
     return paths
+
+
+def check_path(cls: type[Config], path: str) -> None:
+    """Refuse a dotted path at which no config of a class has a field or a section.
+
+    Raises:
+        ValueError: with the nearest path.
+    """
+    if not _stands_in(cls, path.split(".")):
+        everywhere = sorted(set(_all_paths(cls)))
+        leaf = path.split(".")[-1]
+        guess = nearest(path, everywhere) or next((p for p in everywhere if p.split(".")[-1] == leaf), None)
+        hint = f"; did you mean {guess!r}?" if guess else f". Sections: {', '.join(cls.model_fields)}"
+        raise ValueError(f"{path!r:.200} is no field of a run{hint}")
+
+
+def _stands_in(cls: type[Config], keys: Sequence[str]) -> bool:
+    field = cls.model_fields.get(keys[0])
+    if field is None:
+        return False
+    below = keys[2:] if get_origin(field.annotation) is dict else keys[1:]  # after a name that the user has chosen
+    return not below or any(_stands_in(member, below) for member in _members(field.annotation))

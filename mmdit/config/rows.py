@@ -24,8 +24,8 @@ def row_configs(study: StudyConfig) -> Cells:
         {row: {seed: config}}.
 
     Raises:
-        ConfigError: a row does not validate, stands there twice, drops what the study overrides for every row, or
-            differs from the reference row in a field outside `varies`.
+        ConfigError: a row does not validate, stands there twice, drops what the study overrides for every row, is the
+            same as another, or differs from the reference row in a field outside `varies`.
     """
     base = merge(read_tree(study.base), study.overrides)
     cells: Cells = {}
@@ -36,6 +36,7 @@ def row_configs(study: StudyConfig) -> Cells:
             cell = merge(tree, {"seed": seed, "name": f"{row}-s{seed}"})
             cells.setdefault(row, {})[seed] = resolve(cell, source=f"{study.base}, row {row!r}")
     _check_named_rows(study, cells)
+    _check_twins(cells)
     for other, fields in confounded_rows(study, cells).items():
         if not study.allow_confounded:
             raise ConfigError(
@@ -57,6 +58,19 @@ def _check_named_rows(study: StudyConfig, cells: Cells) -> None:
     for field, named in (("match.reference", reference), ("claims.against", None if against == "all" else against)):
         if named is not None and named not in cells:
             raise ConfigError(f"{field}: {unknown('row', named, cells)}")
+
+
+def _check_twins(cells: Cells) -> None:
+    """Refuse two rows that are one and the same run under two names."""
+    seen: dict[str, str] = {}
+    for row, configs in cells.items():
+        tree = to_tree(next(iter(configs.values())))
+        twin = seen.setdefault(json.dumps({**tree, "name": None}), row)
+        if twin != row:
+            raise ConfigError(
+                f"rows {twin!r} and {row!r} are one and the same config once defaults are filled in; take one of them "
+                f"out, or write what tells them apart"
+            )
 
 
 def _check_overrides(study: StudyConfig, base: Mapping[str, Any], row: str, changes: Mapping[str, Any]) -> None:
