@@ -226,6 +226,7 @@ class EncodersConfig(Config):
     latent_shift: float | tuple[float, ...] | None = None  # None: the VAE's
     latent_scale: PositiveFloat | tuple[PositiveFloat, ...] | None = None
     use: tuple[EncoderName, ...] | None = None  # None: all that are there; (): none, an unconditional run
+    absent: Literal["zeros", "nothing"] = "zeros"  # what a stream leaves of which no encoder is in use
     t5_length: PositiveInt = 77
     padding: Literal["attend", "mask", "trim"] = "trim"
     pooled: Literal["clip", "clip+t5", "none"] = "clip"  # what modulates beside time; `mmdit.encoders.axes`
@@ -238,6 +239,8 @@ class EncodersConfig(Config):
     def _fits(self) -> EncodersConfig:
         if self.use is not None and len(set(self.use)) != len(self.use):
             raise ValueError(f"use names an encoder twice: {list(self.use)}")
+        if self.use == () and self.absent == "nothing":
+            raise ValueError("absent 'nothing' leaves no token at all where use is []; use 'zeros'")
         if self.pooled == "none" and self.pooled_at != "end":
             raise ValueError("pooled_at says where the pooled vector is taken, but pooled is 'none'; leave it out")
         absent = [name for name in get_args(EncoderName) if self.use is not None and name not in self.use]

@@ -27,6 +27,7 @@ CONDITIONING_AXES = (
     "model.qk_norm",
     "diffusion",
     "encoders.use",
+    "encoders.absent",
     "encoders.pooled",
     "encoders.pooled_at",
     "encoders.padding",
