@@ -7,6 +7,7 @@ shapes; SD1.5 and SDXL U-Net configs). Parameter counts stand in tests/models/te
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # context_dim E, pooled_dim G of text encoders; channels C, downsampling factor of VAEs. Keys: values of `encoders.*`.
@@ -124,6 +125,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+
+
+def used_streams(streams: Mapping[str, int], use: Sequence[str] | None, absent: str) -> dict[str, int]:
+    """Return those streams (of an entry of `STREAM_WIDTHS`) that a context has under `encoders.use` and `absent`."""
+    if use is None or absent != "nothing":
+        return dict(streams)
+    speaking = {"t5" if name == "t5" else "clip" for name in use}
+    return {name: width for name, width in streams.items() if name in speaking}
 
 
 def pooled_width(text: dict[str, int], pooled: str) -> int | None:

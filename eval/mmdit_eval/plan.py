@@ -49,7 +49,7 @@ class Plan(NamedTuple):
         trained_as: {row: the row whose networks it uses}; itself, unless rows differ in sampling only.
         confounded: {row: fields outside `varies` in which it differs from the reference}.
         notes: {row: what matching changed}.
-        remarks: what a reader of the grid should know about the judging.
+        remarks: what a reader of the grid should know about budgets and judging.
     """
 
     cells: Cells
@@ -112,7 +112,7 @@ def make_plan(study: StudyConfig, source: str = "study") -> Plan:
         cells = _equal_drawing(study, cells, costs)
     costs = {row: drawing_cost(next(iter(cells[row].values())), cost) for row, cost in costs.items()}
     first = next(iter(next(iter(cells.values())).values()))
-    remarks += remarks_on_judging(study.suite, first)
+    remarks += _remarks_on_warmup(cells) + remarks_on_judging(study.suite, first)
     return Plan(cells, costs, trainings(cells), confounded, notes, remarks)
 
 
@@ -141,6 +141,16 @@ def _remarks_on_targets(study: StudyConfig, cells: Cells, source: str) -> tuple[
     if "validation_loss" in study.claims.scores:
         raise ConfigError(f"{source}: claims.scores has 'validation_loss', but {told}")
     return (f"{told}. The report leaves validation_loss out",)
+
+
+def _remarks_on_warmup(cells: Cells) -> tuple[str, ...]:
+    """Say which rows' budgets end within their warm-up."""
+    rows: dict[str, list[str]] = {}
+    for row, configs in cells.items():
+        warning = next(iter(configs.values())).train.unreached_lr()
+        if warning is not None:
+            rows.setdefault(warning, []).append(row)
+    return tuple(f"{', '.join(named)}: {warning}" for warning, named in rows.items())
 
 
 def remarks_on_judging(suite: SuiteConfig, config: RunConfig) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
@@ -41,7 +41,15 @@ def _describe(cls: type[Config], tree: Any, problem: Mapping[str, Any]) -> str:
         node = node.get(part) if isinstance(node, Mapping) else None
     path = ".".join(f"{k!s:.200}" for k in keys) or "(whole config)"
     if kind == "extra_forbidden":
-        fields = _fields_at(cls, tree, keys[:-1])
+        here, variants = _classes_at(cls, tree, keys[:-1])
+        fields = list(here.model_fields) if here is not None else []
+        owners = [v.model_fields["name"].default for v in variants if v is not here and keys[-1] in v.model_fields]
+        if here is not None and owners:
+            parent = ".".join(map(str, keys[:-1]))
+            return (
+                f"{path}: unknown field of {here.model_fields['name'].default}: it is one of {' and '.join(owners)}. "
+                f"Remove it, or set {parent}.name: {' or '.join(owners)}. Valid here: {', '.join(fields)}"
+            )
         guess = nearest(str(keys[-1]), fields)
         everywhere = sorted(_all_paths(cls))
         if guess is None:
@@ -86,24 +94,26 @@ def _members(annotation: Any) -> list[type[Config]]:
     return [member for arg in get_args(annotation) for member in _members(arg)] if get_origin(annotation) else []
 
 
-def _fields_at(cls: type[Config], tree: Any, keys: Iterable[Any]) -> list[str]:
-    """The valid field names of the class that stands at a path of the tree."""
-    here, node = cls, tree
+def _classes_at(
+    cls: type[Config], tree: Any, keys: Iterable[Any]
+) -> tuple[type[Config] | None, Sequence[type[Config]]]:
+    """The class that stands at a path of the tree, and all the variants that could stand there; None where none can."""
+    here, variants, node = cls, [cls], tree
     queue = list(keys)
     while queue:
         key = queue.pop(0)
         field = here.model_fields.get(str(key))
-        members = _members(field.annotation) if field is not None else []
-        if field is None or not members:
-            return []
+        variants = _members(field.annotation) if field is not None else []
+        if field is None or not variants:
+            return None, []
         node = node.get(key, {}) if isinstance(node, Mapping) else {}
         if get_origin(field.annotation) is dict:  # the next key is a name that the user has chosen
             named_by_user = queue.pop(0) if queue else None
             node = node.get(named_by_user, {}) if isinstance(node, Mapping) else {}
         name = node.get("name") if isinstance(node, Mapping) else None
-        named = [m for m in members if "name" in m.model_fields and m.model_fields["name"].default == name]
-        here = named[0] if named else members[0]
-    return list(here.model_fields)
+        named = [m for m in variants if "name" in m.model_fields and m.model_fields["name"].default == name]
+        here = named[0] if named else variants[0]
+    return here, variants
 
 
 def _all_paths(cls: type[Config], prefix: str = "") -> list[str]:
@@ -113,3 +123,25 @@ def _all_paths(cls: type[Config], prefix: str = "") -> list[str]:
         for member in _members(field.annotation):
             paths += _all_paths(member, f"{prefix}{name}.")
     return paths
+
+
+def check_path(cls: type[Config], path: str) -> None:
+    """Refuse a dotted path at which no config of a class has a field or a section.
+
+    Raises:
+        ValueError: with the nearest path.
+    """
+    if not _stands_in(cls, path.split(".")):
+        everywhere = sorted(set(_all_paths(cls)))
+        leaf = path.split(".")[-1]
+        guess = nearest(path, everywhere) or next((p for p in everywhere if p.split(".")[-1] == leaf), None)
+        hint = f"; did you mean {guess!r}?" if guess else f". Sections: {', '.join(cls.model_fields)}"
+        raise ValueError(f"{path!r:.200} is no field of a run{hint}")
+
+
+def _stands_in(cls: type[Config], keys: Sequence[str]) -> bool:
+    field = cls.model_fields.get(keys[0])
+    if field is None:
+        return False
+    below = keys[2:] if get_origin(field.annotation) is dict else keys[1:]  # after a name that the user has chosen
+    return not below or any(_stands_in(member, below) for member in _members(field.annotation))

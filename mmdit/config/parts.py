@@ -226,6 +226,7 @@ class EncodersConfig(Config):
     latent_shift: float | tuple[float, ...] | None = None  # None: the VAE's
     latent_scale: PositiveFloat | tuple[PositiveFloat, ...] | None = None
     use: tuple[EncoderName, ...] | None = None  # None: all that are there; (): none, an unconditional run
+    absent: Literal["zeros", "nothing"] = "zeros"  # what a stream leaves of which no encoder is in use
     t5_length: PositiveInt = 77
     padding: Literal["attend", "mask", "trim"] = "trim"
     pooled: Literal["clip", "clip+t5", "none"] = "clip"  # what modulates beside time; `mmdit.encoders.axes`
@@ -238,8 +239,17 @@ class EncodersConfig(Config):
     def _fits(self) -> EncodersConfig:
         if self.use is not None and len(set(self.use)) != len(self.use):
             raise ValueError(f"use names an encoder twice: {list(self.use)}")
+        if self.use == () and self.absent == "nothing":
+            raise ValueError("absent 'nothing' leaves no token at all where use is []; use 'zeros'")
         if self.pooled == "none" and self.pooled_at != "end":
             raise ValueError("pooled_at says where the pooled vector is taken, but pooled is 'none'; leave it out")
+        absent = [name for name in get_args(EncoderName) if self.use is not None and name not in self.use]
+        dropped = [f"dropout.{name}" for name in absent if getattr(self.dropout, name)]
+        if dropped:
+            raise ValueError(
+                f"{', '.join(dropped)} would drop what is not there: use is {list(self.use or ())}; set it to 0, or "
+                f"name the encoder in use"
+            )
         return self
 
 
@@ -424,3 +434,13 @@ class TrainConfig(Config):
         if odd:
             raise ValueError(f"names of more_emas are a-z, 0-9 and _, got {', '.join(map(repr, odd))}")
         return self
+
+    def unreached_lr(self) -> str | None:
+        """Say that the budget ends before the learning rate has risen to its value, where it does."""
+        whole = self.images // self.batch_size * self.batch_size
+        if whole >= self.warmup_images:
+            return None
+        return (
+            f"the budget of {whole:,} images ends within the warm-up of {self.warmup_images:,}, so the learning rate "
+            f"never reaches {self.lr:g}; lower train.warmup_images, or train longer"
+        )

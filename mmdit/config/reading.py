@@ -13,7 +13,7 @@ from mmdit.config.errors import ConfigError, validate
 from mmdit.config.parts import Config
 from mmdit.config.run import RunConfig, SuiteConfig
 from mmdit.config.study import StudyConfig
-from mmdit.presets import ENCODER_WIDTHS, PRESETS, STREAM_WIDTHS, VAE_WIDTHS, pooled_width
+from mmdit.presets import ENCODER_WIDTHS, PRESETS, STREAM_WIDTHS, VAE_WIDTHS, pooled_width, used_streams
 from mmdit.registry import nearest, unknown
 from mmdit.untrusted import read_text
 
@@ -233,7 +233,9 @@ def resolve(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
             model.setdefault("pooled_dim", pooled_width(text, str(encoders.get("pooled", "clip"))))
             per_stream = ("injection", "decoupled"), ("text_projection", "per_encoder"), ("weight_sets", 3)
             if model.get("text_streams") is None and any(model.get(field) == value for field, value in per_stream):
-                model["text_streams"] = dict(STREAM_WIDTHS[str(encoders.get("text", "tiny"))])
+                streams, use = STREAM_WIDTHS[str(encoders.get("text", "tiny"))], encoders.get("use")
+                named = use if isinstance(use, list | tuple) else None
+                model["text_streams"] = used_streams(streams, named, str(encoders.get("absent")))
         elif encoders.get("pooled") == "none":
             model.setdefault("pooled_dim", None)
         if vae is not None:

@@ -27,13 +27,14 @@ def row_configs(study: StudyConfig, source: str = "study") -> Cells:
         {row: {seed: config}}.
 
     Raises:
-        ConfigError: a row does not validate, stands there twice, or differs from the reference row in a field outside
-            `varies`; the base does not validate.
+        ConfigError: a row does not validate, stands there twice, drops what the study overrides for every row, is the
+            same as another, or differs from the reference row in a field outside `varies`; the base does not validate.
     """
     own = read_tree(study.base)
     base = merge(own, study.overrides)
     cells: Cells = {}
     for row, changes in all_rows(study).items():
+        _check_overrides(study, base, row, changes)
         tree = merge(merge(base, changes), _budget(study, row, changes))
         for seed in study.seeds:
             cell = merge(tree, {"seed": seed, "name": f"{row}-s{seed}"})
@@ -43,6 +44,7 @@ def row_configs(study: StudyConfig, source: str = "study") -> Cells:
                 resolve(own, source=str(study.base))  # where the base is wrong by itself, this says so
                 raise
     _check_named_rows(study, cells)
+    _check_twins(cells)
     for other, fields in confounded_rows(study, cells).items():
         if not study.allow_confounded:
             raise ConfigError(
@@ -64,6 +66,35 @@ def _check_named_rows(study: StudyConfig, cells: Cells) -> None:
     for field, named in (("match.reference", reference), ("claims.against", None if against == "all" else against)):
         if named is not None and named not in cells:
             raise ConfigError(f"{field}: {unknown('row', named, cells)}")
+
+
+def _check_twins(cells: Cells) -> None:
+    """Refuse two rows that are one and the same run under two names."""
+    seen: dict[str, str] = {}
+    for row, configs in cells.items():
+        tree = to_tree(next(iter(configs.values())))
+        twin = seen.setdefault(json.dumps({**tree, "name": None}), row)
+        if twin != row:
+            raise ConfigError(
+                f"rows {twin!r} and {row!r} are one and the same config once defaults are filled in; take one of them "
+                f"out, or write what tells them apart"
+            )
+
+
+def _check_overrides(study: StudyConfig, base: Mapping[str, Any], row: str, changes: Mapping[str, Any]) -> None:
+    """Refuse a row of another backbone that would lose fields which `overrides` gives to every row."""
+    ours, theirs, own = base.get("model"), study.overrides.get("model"), changes.get("model")
+    if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping) and isinstance(own, Mapping)):
+        return
+    if "name" in theirs:
+        return  # overrides.model is then meant for that backbone
+    kept = merge(ours, own)
+    lost = [f"model.{field}" for field in theirs if field not in kept]
+    if lost:
+        raise ConfigError(
+            f"row {row!r} changes model.name, which drops {', '.join(lost)} of the study's overrides; write them in "
+            f"the rows that should have them"
+        )
 
 
 def all_rows(study: StudyConfig) -> dict[str, dict[str, Any]]:

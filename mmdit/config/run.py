@@ -16,7 +16,7 @@ from mmdit.config.parts import (
     ShapesConfig,
     TrainConfig,
 )
-from mmdit.presets import ENCODER_WIDTHS, STREAM_WIDTHS, VAE_WIDTHS, pooled_width
+from mmdit.presets import ENCODER_WIDTHS, STREAM_WIDTHS, VAE_WIDTHS, pooled_width, used_streams
 
 
 class RunConfig(Config):
@@ -85,7 +85,8 @@ class RunConfig(Config):
                 "which encoders.pooled 'clip' takes from encoders that encoders.use ['t5'] leaves out; set "
                 "encoders.pooled: clip+t5"
             )
-        streams, given = STREAM_WIDTHS.get(encoders.text), dict(model.text_streams or ())
+        known, given = STREAM_WIDTHS.get(encoders.text), dict(model.text_streams or ())
+        streams = None if known is None else used_streams(known, encoders.use, encoders.absent)
         if streams is not None and reads_streams(model) and given != streams:
             raise ValueError(
                 f"model.text_streams is {given}, the text encoders {encoders.text!r} give {streams}; leave it out to "
@@ -121,6 +122,11 @@ def check_guidance(model: ModelConfig, encoders: EncodersConfig, sampling: Sampl
         raise ValueError(
             f"sampling.negative_guidance {kind!r} acts on text tokens, of which model.injection 'pooled' has none; "
             f"use 'cfg'"
+        )
+    if kind in ("kv_subtract", "nag") and encoders.use == ():
+        raise ValueError(
+            f"sampling.negative_guidance {kind!r} acts on text tokens, of which encoders.use [] leaves none: a "
+            f"negative text would be the text itself; use 'none'"
         )
     if kind == "kv_subtract" and encoders.padding == "trim":
         raise ValueError(

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from mmdit.config.errors import check_path
 from mmdit.config.parts import Config
-from mmdit.config.run import SuiteConfig
+from mmdit.config.run import RunConfig, SuiteConfig
 
 # What a study varies unless it says otherwise: how text enters, and what the network is asked for. Dotted prefixes.
 # Where `model.name` varies and two rows differ in it, all else of `model` may differ too: it has no counterpart.
@@ -26,6 +27,7 @@ CONDITIONING_AXES = (
     "model.qk_norm",
     "diffusion",
     "encoders.use",
+    "encoders.absent",
     "encoders.pooled",
     "encoders.pooled_at",
     "encoders.padding",
@@ -137,6 +139,13 @@ class StudyConfig(Config):
         if isinstance(seeds, int | str):
             raise ValueError(f"expected a list, got {seeds!r}; write --seeds [0,1,2], or seeds: [0, 1, 2] in the study")
         return seeds
+
+    @field_validator("varies")
+    @classmethod
+    def _fields_of_a_run(cls, varies: tuple[str, ...]) -> tuple[str, ...]:
+        for path in varies:
+            check_path(RunConfig, path)
+        return varies
 
     @model_validator(mode="after")
     def _fits(self) -> StudyConfig:

@@ -3,6 +3,8 @@
     encoders.use        any of clip_l, clip_g, t5; one that is left out leaves zeros of the same shapes, as SD3 does
                         without T5, so the denoiser stays the same. Under `mask` and `trim` a stream of which nobody is
                         left keeps one attended token of zeros; under `attend` all its zeros are read
+    encoders.absent     of such a stream: `zeros`, as above, or `nothing`: the stream is not there, and neither are the
+                        weights that would read it
     encoders.pooled     clip      [CLIP-L ; CLIP-G], what every release modulates with
                         clip+t5   T5's mean behind them: pooled grows by T5's width
                         none      no pooled vector: modulation from time alone
@@ -19,6 +21,7 @@ Source of the mean of T5: Ni et al. 2022, arXiv:2108.08877 (encoder-only mean).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,6 +35,7 @@ Padding = Literal["attend", "mask", "trim"]
 Null = Literal["zeros", "empty_caption"]
 Pooled = Literal["clip", "clip+t5", "none"]
 PooledAt = Literal["end", "mean"]
+Absent = Literal["zeros", "nothing"]
 
 
 class Encoded(NamedTuple):
@@ -55,8 +59,8 @@ class TextLayout(NamedTuple):
     """How encoders are joined: everything but their states.
 
     Attributes:
-        clip: (name, width) of each CLIP tower, in the order of their features; absent ones too.
-        t5: whether there is a second stream.
+        clip: (name, width) of each CLIP tower, in the order of their features; absent ones too. (): no CLIP stream.
+        t5: whether there is a T5 stream.
         pooled: (name, width) of each part of the pooled vector, in order; absent ones too.
         pooled_at: where CLIP's are taken.
         context_dim: E.
@@ -73,8 +77,18 @@ class TextLayout(NamedTuple):
     def streams(self, lengths: Sequence[int] | None = None) -> Streams:
         """Where each stream lies: (name, start, stop, width); by default untrimmed."""
         lengths = self.lengths if lengths is None else lengths
-        clip = ("clip", 0, lengths[0], sum(width for _, width in self.clip))
-        return (clip, ("t5", lengths[0], lengths[0] + lengths[1], self.context_dim)) if self.t5 else (clip,)
+        widths = {"clip": sum(width for _, width in self.clip), "t5": self.context_dim}
+        stops = list(accumulate(lengths))
+        return tuple(
+            (name, start, stop, widths[name])
+            for name, start, stop in zip(self.encoders, [0, *stops[:-1]], stops, strict=True)
+        )
+
+    @property
+    def encoders(self) -> dict[str, tuple[str, ...]]:
+        """The encoders of each stream, in the order of the context; absent ones too."""
+        clip = {"clip": tuple(name for name, _ in self.clip)} if self.clip else {}
+        return {**clip, "t5": ("t5",)} if self.t5 else clip
 
     @property
     def clip_l_width(self) -> int:
@@ -128,13 +142,12 @@ def join(
     Returns:
         context [B, L, E], pooled [B, G] or None, context_mask bool [B, L] (None with `attend`), streams.
     """
-    named = [[name for name, _ in layout.clip], ["t5"]] if layout.t5 else [[name for name, _ in layout.clip]]
-    reals = [torch.ones(batch, dtype=torch.long) for _ in named]  # a stream without encoders keeps one null token
-    for real, names in zip(reals, named, strict=True):
+    reals = [torch.ones(batch, dtype=torch.long) for _ in layout.encoders]  # one null token where nobody speaks
+    for real, names in zip(reals, layout.encoders.values(), strict=True):
         for name in names:
             if name in parts:
                 torch.maximum(real, parts[name].real, out=real)
-    lengths = list(layout.lengths if lengths is None else lengths)[: len(named)]
+    lengths = list(layout.lengths if lengths is None else lengths)
     if padding == "trim":
         lengths = [int(real.max()) for real in reals]
 
@@ -143,10 +156,13 @@ def join(
             return torch.zeros(batch, length, width, device=device)
         return _lengthen(parts[name].states, length)
 
-    clip = torch.cat([states(name, width, lengths[0]) for name, width in layout.clip], dim=2)  # [B, l, clip width]
-    context = F.pad(clip, (0, layout.context_dim - clip.shape[2]))  # [B, l, E]
+    streams = []
+    if layout.clip:
+        clip = torch.cat([states(name, width, lengths[0]) for name, width in layout.clip], dim=2)  # [B, l, clip width]
+        streams.append(F.pad(clip, (0, layout.context_dim - clip.shape[2])))  # [B, l, E]
     if layout.t5:
-        context = torch.cat([context, states("t5", layout.context_dim, lengths[1])], dim=1)  # [B, L, E]
+        streams.append(states("t5", layout.context_dim, lengths[-1]))  # [B, l, E]
+    context = torch.cat(streams, dim=1)  # [B, L, E]
     mask = None
     if padding != "attend":
         mask = torch.cat([first(real, n) for real, n in zip(reals, lengths, strict=True)], dim=1).to(context.device)
@@ -243,7 +259,7 @@ def drop_captions(
     token; when one is dropped, only its features change.
 
     Args:
-        conditioning: streams ("clip", ...), ("t5", ...), or the first alone; trimmed or not.
+        conditioning: streams ("clip", ...), ("t5", ...), or one of them; trimmed or not.
         null_conditioning: one row, or B.
         dropout: probabilities.
         uniforms: [B, 4] in [0, 1): caption, clip_l, clip_g, t5; below its probability = dropped.
@@ -269,11 +285,13 @@ def drop_captions(
 
     conditioning, null = _aligned(conditioning, null_conditioning)
     context, mask = conditioning.context.clone(), conditioning.context_mask
-    spans = [slice(start, stop) for _, start, stop, _ in _streams(conditioning)]
+    spans = {name: slice(start, stop) for name, start, stop, _ in _streams(conditioning)}
     split = clip_l_width if clip_l_width is not None else 0  # without it both towers fall together
-    places = [("clip_l", spans[0], slice(0, split)), ("clip_g", spans[0], slice(split, None))]
-    places += [("t5", span, slice(None)) for span in spans[1:]]
-    for name, tokens, features in places:
+    parts = [("clip", "clip_l", slice(0, split)), ("clip", "clip_g", slice(split, None)), ("t5", "t5", slice(None))]
+    for stream, name, features in parts:
+        if stream not in spans:
+            continue
+        tokens = spans[stream]
         context[:, tokens, features] = torch.where(
             dropped[name][:, None, None],
             null.context[:, tokens, features].to(context.dtype),
@@ -283,10 +301,9 @@ def drop_captions(
     if mask is not None and null.context_mask is not None:
         nobody = torch.ones_like(whole)
         silent = [nobody if name in absent else dropped[name] for name in ("clip_l", "clip_g")]
-        gone_streams = (silent[0] & silent[1], dropped["t5"])
+        gone_streams = {"clip": silent[0] & silent[1], "t5": dropped["t5"]}
         gone = torch.cat(
-            [rows[:, None].expand(-1, span.stop - span.start) for rows, span in zip(gone_streams, spans, strict=False)],
-            dim=1,
+            [gone_streams[name][:, None].expand(-1, span.stop - span.start) for name, span in spans.items()], dim=1
         )  # [B, L]
         mask = torch.where(gone, null.context_mask, mask)
     return conditioning._replace(context=context, pooled=vector, context_mask=mask)

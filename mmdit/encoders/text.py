@@ -26,6 +26,7 @@ from torch import Tensor
 from mmdit.config import EncodersConfig
 from mmdit.denoiser import Conditioning, Streams
 from mmdit.encoders.axes import (
+    Absent,
     Encoded,
     Null,
     Padding,
@@ -62,7 +63,7 @@ T5_HINT = (
 
 
 class TextEncoders:
-    """Text encoders behind one call; any may be missing and then contributes zeros, as SD3 does without T5.
+    """Text encoders behind one call; any may be missing and then contributes zeros, as SD3 does without T5, or nothing.
 
     Args:
         towers: by name, a subset of the family's encoders.
@@ -74,10 +75,11 @@ class TextEncoders:
         absent: {name: (width, pooled width)} of CLIP towers that are left out but whose features stay, as zeros; one
             that is in neither has no features at all.
         pooled, pooled_at: what stands in the pooled vector, and where CLIP's is taken; see `encoders.axes`.
+        silent: what a stream leaves of which no encoder is there.
 
     Raises:
         ValueError: a tower the family does not have, widths that do not fit into `context_dim`, a `pooled` that the
-            family cannot give.
+            family cannot give, no stream at all.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class TextEncoders:
         absent: Mapping[str, tuple[int, int]] | None = None,
         pooled: Pooled = "clip",
         pooled_at: PooledAt = "end",
+        silent: Absent = "zeros",
     ) -> None:
         if t5_length < 1:
             raise ValueError(f"t5_length must be at least 1 token, got {t5_length}")
@@ -105,7 +108,9 @@ class TextEncoders:
         self._clip_width = sum(self._width(name) for name in CLIPS)
         if self._clip_width > context_dim:
             raise ValueError(f"CLIP states of width {self._clip_width} do not fit into context_dim {context_dim}")
-        self.pooled, self.pooled_at = pooled, pooled_at
+        self.pooled, self.pooled_at, self.silent = pooled, pooled_at, silent
+        if silent == "nothing" and not towers:
+            raise ValueError("encoders.absent 'nothing' leaves no text at all, for no encoder is in use; use 'zeros'")
         self._pooled_encoders = pooled_encoders(pooled, self.rules.pooled, "t5" in self.rules.encoders)
         if pooled == "none" and self.rules.sizes:
             raise ValueError(f"encoders.pooled 'none' would drop the sizes that {family} is told in its pooled vector")
@@ -130,15 +135,16 @@ class TextEncoders:
 
     @property
     def layout(self) -> TextLayout:
-        """How this family's encoders are joined, absent ones included."""
-        has_t5 = "t5" in self.rules.encoders
+        """How this family's encoders are joined, absent ones included but for streams that leave nothing."""
+        speaking = self.rules.encoders if self.silent == "zeros" else tuple(self.towers)
+        has_clip, has_t5 = any(name in speaking for name in CLIPS), "t5" in speaking
         return TextLayout(
-            clip=tuple((name, self._width(name)) for name in CLIPS),
+            clip=tuple((name, self._width(name)) for name in CLIPS) if has_clip else (),
             t5=has_t5,
             pooled=tuple((name, self._pooled_width(name)) for name in self._pooled_encoders),
             pooled_at=self.pooled_at,
             context_dim=self.context_dim,
-            lengths=(CLIP_LENGTH, self.t5_length) if has_t5 else (CLIP_LENGTH,),
+            lengths=(*([CLIP_LENGTH] if has_clip else []), *([self.t5_length] if has_t5 else [])),
         )
 
     @property
@@ -157,15 +163,20 @@ class TextEncoders:
         return self.layout.streams()
 
     def under(
-        self, use: Sequence[str] | None = None, pooled: Pooled = "clip", pooled_at: PooledAt = "end"
+        self,
+        use: Sequence[str] | None = None,
+        pooled: Pooled = "clip",
+        pooled_at: PooledAt = "end",
+        silent: Absent = "zeros",
     ) -> TextEncoders:
         """Return these encoders under other axes, see `encoders.axes`; towers are shared.
 
         Args:
             use: who speaks; the others leave zeros of the same shapes. None: all that are here.
+            silent: `nothing`: a stream of which nobody speaks is not there at all.
 
         Raises:
-            ValueError: a name that is not here, or a `pooled` that the family cannot give.
+            ValueError: a name that is not here, a `pooled` that the family cannot give, no stream at all.
         """
         use = list(self.towers) if use is None else use
         missing = [name for name in use if name not in self.towers]
@@ -184,6 +195,7 @@ class TextEncoders:
             absent={name: pair for name, pair in widths.items() if pair != (0, 0)},
             pooled=pooled,
             pooled_at=pooled_at,
+            silent=silent,
         )
 
     def to(self, device: torch.device | str) -> TextEncoders:
@@ -267,8 +279,9 @@ class TextEncoders:
         padding = padding or self.padding
         self._check_ids(ids)
         parts = {name: self.run_encoder(name, ids[name], padding) for name in self.towers}
-        lengths = [CLIP_LENGTH, ids["t5"].shape[1] if "t5" in self.towers else self.t5_length]
-        return join(self.layout, parts, padding, batch, lengths=lengths, device=self.device)
+        layout = self.layout
+        lengths = [*layout.lengths[:-1], ids["t5"].shape[1]] if "t5" in self.towers else layout.lengths
+        return join(layout, parts, padding, batch, lengths=lengths, device=self.device)
 
     @torch.no_grad()
     def run_encoder(self, name: str, ids: Tensor, padding: Padding) -> Encoded:
@@ -462,4 +475,4 @@ def load_run_text(config: EncodersConfig) -> TextEncoders:
         ValueError: `use` names an encoder that is not there, or `pooled` needs one that the family does not have.
     """
     text = load_text_encoders(config.text, t5_length=config.t5_length, use=config.use)
-    return text.under(config.use, config.pooled, config.pooled_at)
+    return text.under(config.use, config.pooled, config.pooled_at, config.absent)

@@ -143,8 +143,6 @@ def describe(config: RunConfig) -> str:
         f"{costs.state.total / 2**30:.2f} its state, {costs.activations / 2**30:.2f} activations "
         f"(encoders and data come on top)",
     }
-    if train.warmup_images >= total_images(config):
-        rows["warning"] = (
-            f"warm-up of {train.warmup_images:,} images is as long as the run; the full lr is never reached"
-        )
+    if (warning := train.unreached_lr()) is not None:
+        rows["warning"] = warning
     return "\n".join(f"{key:>15}  {value}" for key, value in rows.items())

@@ -133,6 +133,8 @@ def _session(
         if checkpoint is not None:
             restore(run, checkpoint)
     if main:
+        if checkpoint is None and (warning := config.train.unreached_lr()) is not None:
+            print(warning, flush=True)
         write_environment(run_dir, settings=hardware)
         resumed_at = run.images_seen if checkpoint else None
         run.metrics = Metrics(run_dir, resumed_at, config.train.tensorboard, config.train.wandb, config)

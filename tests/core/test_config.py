@@ -9,7 +9,10 @@ import yaml
 
 from mmdit.config import (
     ConfigError,
+    CrossDiTConfig,
+    MMDiTConfig,
     RunConfig,
+    UNetConfig,
     differences,
     load_config,
     load_study,
@@ -189,9 +192,63 @@ def test_another_data_set_drops_the_fields_of_the_default_one():
 
 
 def test_a_field_of_another_variant_is_not_answered_with_itself():
-    with pytest.raises(ConfigError, match=r"data\.num_images: unknown field\. Valid here") as caught:
+    with pytest.raises(
+        ConfigError, match=r"data\.num_images: unknown field of images: it is one of shapes\. "
+    ) as caught:
         load_config(None, {"data": {"name": "images", "source": "x", "num_images": 3}})
-    assert "did you mean 'data.num_images'" not in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_row_of_another_backbone_does_not_lose_what_the_study_gives_to_every_row(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: {name: mmdit, preset: tiny}\n")
+    text = "name: s\nbase: base.yaml\nrows:\n  a: {}\n  b: {model: {name: unet%s}}\noverrides: {model: {%s}}\n"
+    (tmp_path / "lost.yaml").write_text(text % ("", "qk_norm: rms, injection: joint"))
+    with pytest.raises(
+        ConfigError, match=r"row 'b' changes model\.name, which drops model\.qk_norm, model\.injection of"
+    ):
+        row_configs(load_study(tmp_path / "lost.yaml"))
+    (tmp_path / "kept.yaml").write_text(text % (", injection: joint", "injection: joint"))
+    (tmp_path / "other.yaml").write_text(text % ("", "name: crossdit, qk_norm: rms"))
+    assert row_configs(load_study(tmp_path / "kept.yaml"))["b"][0].model.injection == "joint"
+    assert row_configs(load_study(tmp_path / "other.yaml"))["a"][0].model.qk_norm == "rms"
+
+
+BACKBONES = {cls.model_fields["name"].default: cls for cls in (MMDiTConfig, CrossDiTConfig, UNetConfig)}
+FOREIGN = [
+    (name, field)
+    for name, cls in BACKBONES.items()
+    for field in dict.fromkeys(f for other in BACKBONES.values() for f in other.model_fields)
+    if field not in cls.model_fields
+]
+
+
+@pytest.mark.parametrize(("name", "field"), FOREIGN)
+def test_every_field_that_only_another_backbone_has_is_refused_with_the_backbones_that_have_it(name, field):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"model": {"name": name, "preset": "tiny", field: 1}})
+    owners = [other for other, cls in BACKBONES.items() if field in cls.model_fields]
+    told = f"model.{field}: unknown field of {name}: it is one of {' and '.join(owners)}. "
+    assert told in str(caught.value)
+    assert f"Remove it, or set model.name: {' or '.join(owners)}." in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        {"rows": {"a": {}, "b": {"model": {"name": "crossdit", "text_in_query": True}}}},
+        {"rows": {"a": {}, "b": {"model": {"text_in_query": True}}}},
+        {"factorial": {"model.text_in_query": [True], "model.name": ["unet", "mmdit"]}},
+        {"factorial": {"model.name": ["unet", "mmdit"], "model.text_in_query": [True]}},
+        {"rows": {"a": {}}, "overrides": {"model": {"text_in_query": True}}},
+    ],
+    ids=str,
+)
+def test_a_row_of_a_backbone_without_a_field_is_refused_with_the_backbone_that_has_it(tmp_path, study):
+    (tmp_path / "base.yaml").write_text("model: {name: mmdit, preset: tiny}\n")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"name": "s", "base": "base.yaml", **study}, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"row '.*': model\.text_in_query: unknown field of .*: it is one of unet\. "):
+        row_configs(load_study(tmp_path / "study.yaml"))
 
 
 def test_aliases_mean_what_they_say_and_those_that_grow_are_refused(tmp_path):

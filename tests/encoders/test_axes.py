@@ -74,6 +74,43 @@ def test_no_encoder_at_all_is_an_unconditional_run(tiny):
     assert text.null(1, "empty_caption", padding="trim").context.abs().max() == 0
 
 
+ONE_STREAM = [use for use in SUBSETS if use and len({"t5" in name for name in use}) == 1]
+
+
+@pytest.mark.parametrize("padding", ["mask", "trim", "attend"])
+@pytest.mark.parametrize("use", SUBSETS[1:], ids="+".join)
+def test_absent_nothing_takes_the_silent_stream_away_and_changes_nothing_else(tiny, use, padding):
+    zeros, nothing = tiny.under(use, "clip+t5"), tiny.under(use, "clip+t5", silent="nothing")
+    dropout = CaptionDropoutConfig(caption=0.3, **dict.fromkeys(use, 0.5))
+    uniforms = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+
+    def dropped(text):
+        conditioning, null = text.encode(PROMPTS, padding), text.null(1, padding=padding)
+        absent = [name for name in ENCODERS if name not in use]
+        layout = {"clip_l_width": text.clip_l_width, "pooled": text.layout.pooled}
+        return conditioning, null, drop_captions(conditioning, null, dropout, uniforms, absent=absent, **layout)
+
+    for whole, left in zip(dropped(zeros), dropped(nothing), strict=True):
+        spoken = [s for s in whole.streams if any(name == s[0] or name.startswith(s[0]) for name in use)]
+        assert [(name, stop - start, width) for name, start, stop, width in left.streams] == [
+            (name, stop - start, width) for name, start, stop, width in spoken
+        ]
+        places = torch.cat([torch.arange(start, stop) for _, start, stop, _ in spoken])
+        assert torch.equal(left.context, whole.context[:, places])
+        assert torch.equal(left.pooled, whole.pooled)
+        assert (left.context_mask is None) == (padding == "attend")
+        assert padding == "attend" or torch.equal(left.context_mask, whole.context_mask[:, places])
+    assert len(nothing.streams) == (1 if use in ONE_STREAM else 2)
+
+
+def test_absent_nothing_leaves_a_token_to_attend_to_wherever_captions_are_dropped(tiny):
+    text = tiny.under(["t5"], silent="nothing")
+    for null in ("zeros", "empty_caption"):
+        assert text.null(2, null, padding="trim").context_mask.any(dim=1).all()
+    with pytest.raises(ValueError, match="leaves no text at all"):
+        tiny.under([], silent="nothing")
+
+
 # --- pooled ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from mmdit_eval.scores import SCORES
 from mmdit_eval.study import run_study
 
 from mmdit.config import (
+    CONDITIONING_AXES,
     ConfigError,
     StudyConfig,
     confounded_rows,
@@ -48,11 +49,11 @@ def test_a_factorial_is_the_product_of_its_axes_with_readable_names(write, micro
         factorial={
             "backbone": {"mmdit": {}, "unet": {"model": micro_unet}},
             "encoders.padding": ["mask", "trim"],
-            "encoders.t5_length": [16, 32],
+            "encoders.t5_length": [16, 24],
         },
     )
     cells = row_configs(load(file))
-    assert list(cells)[:3] == ["mmdit+mask+t5_length=16", "mmdit+mask+t5_length=32", "mmdit+trim+t5_length=16"]
+    assert list(cells)[:3] == ["mmdit+mask+t5_length=16", "mmdit+mask+t5_length=24", "mmdit+trim+t5_length=16"]
     assert len(cells) == 2 * 2 * 2 + 1
     config = cells["unet+trim+t5_length=16"][0]
     assert (config.model.name, config.encoders.padding, config.encoders.t5_length) == ("unet", "trim", 16)
@@ -84,6 +85,20 @@ def test_equal_values_of_two_axes_are_told_apart_by_their_fields(write):
         ({"claims": {"against": "plian"}}, "did you mean 'plain'"),
         ({"match": {"reference": "plian"}}, "did you mean 'plain'"),
         ({"rows": {"a": {"train": {"images": 8}}}, "budget": {"amount": 16}}, "a budget of its own"),
+        ({"rows": {"a": {}, "b": None}}, "rows 'a' and 'b' are one and the same config"),
+        ({"rows": {"a": {}, "b": {"seed": 0}}, "seeds": [3, 4]}, "rows 'a' and 'b' are one and the same config"),
+        ({"rows": {"plain": {}}, "factorial": {"encoders.t5_length": [16, 32]}}, "rows 't5_length=32' and 'plain' are"),
+        ({"rows": {"a": {"encoders": {"use": ["t5"], "dropout": {"clip_g": 0.5}}}}}, r"row 'a': .*dropout\.clip_g"),
+        (
+            {"varies": ["model", "encoders.paddin"]},
+            "study.yaml: varies: 'encoders.paddin' is no field of a run; did you mean 'encoders.padding'",
+        ),
+        ({"varies": ["model.naem"]}, "'model.naem' is no field of a run; did you mean 'model.name'"),
+        ({"varies": ["models"]}, "did you mean 'model'"),
+        ({"varies": ["padding"]}, r"did you mean 'encoders\.padding'"),
+        ({"varies": [""]}, "'' is no field of a run. Sections: name, seed, model, encoders"),
+        ({"varies": ["model."]}, "is no field of a run"),
+        ({"varies": ["train.more_emas.long.dcay"]}, "is no field of a run; did you mean 'train.more_emas.decay'"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [0, 0]}, "listed twice"),
         ({"seeds": 3}, r"seeds: expected a list, got 3; write --seeds \[0,1,2\]"),
@@ -105,6 +120,23 @@ def test_a_mistake_in_a_row_names_the_study_and_one_in_the_base_the_base(write, 
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({**base, "sed": 3}))
     with pytest.raises(ConfigError, match=rf"^{tmp_path / 'base.yaml'}: sed: unknown field"):
         row_configs(load(file), str(file))
+
+
+def test_every_field_and_section_of_every_variant_can_be_named_in_varies(write):
+    named = ["model.text_stages", "model.dual_attention_layers", "data.val_fraction", "diffusion.density.scale",
+             "diffusion.schedule.betas", "sampling.nag.tau", "encoders.dropout.t5", "train",
+             "train.more_emas.long.decay"]  # fmt: skip
+    for paths in (named, CONDITIONING_AXES):
+        assert load(write(varies=list(paths))).varies == tuple(paths)
+
+
+def test_a_budget_that_ends_within_the_warm_up_is_told_with_the_rows_that_it_concerns(write):
+    file = write(rows={"plain": {}, "v": {"diffusion": {"prediction": "v"}}}, budget={"amount": 8})
+    told = "plain, v: the budget of 8 images ends within the warm-up of 16, so the learning rate never reaches 0.001"
+    assert any(remark.startswith(told) for remark in make_plan(load(file)).remarks)
+    assert not any("warm-up" in remark for remark in make_plan(load(file, "--budget.amount", "16")).remarks)
+    seconds = make_plan(load(file, "--budget", "{by: seconds, amount: 1}"))
+    assert not any("warm-up" in remark for remark in seconds.remarks)
 
 
 def test_a_field_of_a_run_in_a_study_is_told_its_place(write):

@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from mmdit_eval.cost import cost_of
 
 from mmdit.config import ConfigError, load_config
 from mmdit.data import make_dataset
@@ -15,6 +16,7 @@ from mmdit.encoders.text import load_run_text
 from mmdit.models import BACKBONES, build_denoiser
 from mmdit.models.flops import forward_flops
 from mmdit.pipeline import TextToImage
+from mmdit.train.run import count_parameters
 from mmdit.train.step import BatchDrawer
 from mmdit.train.trainer import build_seeded, train
 
@@ -26,6 +28,11 @@ TRANSFORMER = {
 PROMPTS = ["a red circle", "a small blue square left of a large green star"]
 LONG = {"data": {"captions": "long", "max_objects": 6}}
 DROPOUT = {"caption": 0.1, "clip_l": 0.464, "clip_g": 0.464, "t5": 0.464}
+
+
+def dropout_of(use):
+    """The dropout of a run with some encoders."""
+    return {name: chance for name, chance in DROPOUT.items() if name in ("caption", *use)}
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ def run_through(config, vae, tiny=None):
 @pytest.mark.parametrize("use", [subset for n in range(4) for subset in combinations(ENCODERS, n)], ids=str)
 def test_every_subset_of_encoders_trains_and_samples(micro, backbone, vae, text, use):
     name = list(BACKBONES)[len(use) % 3]  # each backbone meets some; what it reads is the same
-    encoders = {"use": list(use), "dropout": DROPOUT}
+    encoders = {"use": list(use), "dropout": dropout_of(use)}
     config = micro({"model": backbone(name), "encoders": encoders})
     batch, text, pipeline = run_through(config, vae, text)
     assert list(text.towers) == list(use)
@@ -160,8 +167,96 @@ def test_trimmed_text_gives_the_masked_result_for_less(micro, backbone, text, na
     assert costs[1] < costs[0]
 
 
+def filled(config, source=None, rename=None):
+    """The denoiser of a run with random weights in every place, or with those of another under other names."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = build_denoiser(config.model).eval()
+        with torch.no_grad():  # zero gates would hide everything
+            for parameter in denoiser.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    if source is not None:
+        state = {rename(key): value for key, value in source.state_dict().items()}
+        wanted = denoiser.state_dict()
+        # a U-Net reads a stream at its real width: of `cross` the columns that meet zero-padding are not needed
+        denoiser.load_state_dict({key: value[tuple(map(slice, wanted[key].shape))] for key, value in state.items()})
+    return denoiser
+
+
+@pytest.mark.parametrize("padding", ["trim", "mask", "attend"])
+@pytest.mark.parametrize("name", ["crossdit", "unet"])
+@pytest.mark.parametrize(("use", "stream"), [(["t5"], "t5"), (["clip_l", "clip_g"], "clip")])
+def test_a_decoupled_run_with_one_encoder_absent_is_the_cross_run_with_the_other(
+    micro, backbone, name, use, stream, padding
+):
+    encoders = {"use": use, "absent": "nothing", "padding": padding}
+    cross, decoupled = (
+        micro({"model": {**backbone(name), "injection": injection}, "encoders": encoders})
+        for injection in ("cross", "decoupled")
+    )
+    assert dict(decoupled.model.text_streams) == {stream: {"clip": 224, "t5": 256}[stream]}
+    text = load_run_text(decoupled.encoders)
+    inner = "cross_attn." if name == "crossdit" else "attn2."
+    first = filled(cross)
+    second = filled(decoupled, first, lambda key: key.replace(inner, f"{inner}{stream}."))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timestep = torch.tensor([300.0, 900.0])
+    prompts = text.encode(PROMPTS, padding)
+    null = text.null(2, padding=padding)
+    with torch.no_grad():
+        for conditioning in (prompts, null):
+            expected = first(latents, timestep, conditioning)
+            torch.testing.assert_close(second(latents, timestep, conditioning), expected, atol=1e-6, rtol=0)
+        assert (first(latents, timestep, prompts) - first(latents, timestep, null)).abs().max() > 1e-2
+    costs = [cost_of(config) for config in (cross, decoupled)]
+    if stream == "t5" or name == "crossdit":  # a U-Net's `cross` reads CLIP zero-padded to T5's width
+        assert costs[0] == costs[1]
+    assert costs[1].parameters == count_parameters(second)
+    assert costs[1].tokens < cost_of(micro({"model": {**backbone(name)}, "encoders": {"padding": padding}})).tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "fewer"),
+    [
+        ("mmdit", {"text_projection": "per_encoder"}, True),
+        ("mmdit", {"weight_sets": 1}, False),
+        ("crossdit", {"injection": "decoupled"}, True),
+        ("unet", {"injection": "decoupled"}, True),
+        ("unet", {"injection": "joint"}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("use", [["t5"], ["clip_g"]], ids=str)
+def test_a_run_without_a_stream_trains_and_samples_without_weights_for_it(
+    micro, backbone, vae, name, fields, fewer, use
+):
+    model = {**backbone(name), **fields}
+    config = micro({"model": model, "encoders": {"use": use, "absent": "nothing", "dropout": dropout_of(use)}})
+    batch, text, pipeline = run_through(config, vae)
+    left = ["t5" if use == ["t5"] else "clip"]
+    assert [stream[0] for stream in text.streams] == [stream[0] for stream in batch.conditioning.streams] == left
+    both = build_denoiser(micro({"model": model}).model)
+    assert (count_parameters(pipeline.denoiser) < count_parameters(both)) == fewer
+
+
+def test_a_run_without_a_stream_is_saved_and_loaded_again(micro, backbone, tmp_path):
+    model = {**backbone("crossdit"), "injection": "decoupled"}
+    config = micro({"model": model, "encoders": {"use": ["t5"], "absent": "nothing"}, "train": {"images": 16}})
+    train(config, tmp_path, progress=False)
+    again = TextToImage.load(tmp_path)
+    assert [stream[0] for stream in again.text.streams] == ["t5"]
+    assert again(PROMPTS, negative_guidance="nag").shape == (2, 64, 64, 3)
+
+
+def test_three_sets_of_weights_need_both_streams(micro, backbone):
+    encoders = {"use": ["t5"], "absent": "nothing"}
+    with pytest.raises(ConfigError, match="weight_sets 3 needs two text streams beside the image, text_streams has 1"):
+        micro({"model": {**backbone("mmdit"), "weight_sets": 3}, "encoders": encoders})
+
+
 def test_a_whole_run_keeps_its_axes_when_it_is_loaded_again(micro, backbone, tmp_path):
-    encoders = {"use": ["clip_g", "t5"], "pooled": "clip+t5", "pooled_at": "mean", "dropout": DROPOUT}
+    use = ["clip_g", "t5"]
+    encoders = {"use": use, "pooled": "clip+t5", "pooled_at": "mean", "dropout": dropout_of(use)}
     config = micro({"model": backbone("unet"), "encoders": encoders,
                     "train": {"images": 16, "validate_every": 16, "sample_every": 16}})  # fmt: skip
     train(config, tmp_path, progress=False)
@@ -196,11 +291,24 @@ def test_the_estimate_follows_the_axes(micro, backbone):
         (["--encoders.t5_length", "0"], "greater than 0"),
         (["--encoders.padding", "pad"], "encoders.padding: unknown value 'pad'"),
         (["--encoders.pooled", "none", "--model.injection", "pooled"], "nothing to read"),
+        (["--encoders.use", "[t5]", "--encoders.dropout", "{clip_l: 0.1, clip_g: 0.2, t5: 0.3}"],
+         r"encoders: dropout\.clip_l, dropout\.clip_g would drop what is not there: use is \['t5'\];"),
+        (["--encoders.use", "[]", "--encoders.absent", "nothing"], "absent 'nothing' leaves no token at all"),
+        (["--encoders.use", "[t5]", "--encoders.absent", "nothing", "--model.name", "unet", "--model.injection",
+          "decoupled", "--model.text_streams", "{clip: 224, t5: 256}"], r"text encoders 'tiny' give \{'t5': 256\}"),
+        (["--encoders.use", "[]", "--sampling.negative_guidance", "nag"], r"of which encoders\.use \[\] leaves none"),
+        (["--encoders.use", "[]", "--sampling.negative_guidance", "kv_subtract"], r"encoders\.use \[\] leaves none"),
     ],
-)
+)  # fmt: skip
 def test_axes_that_make_no_sense_are_refused_at_the_start(overrides, words):
     with pytest.raises(ConfigError, match=words):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize("kind", ["cfg", "none", "skip_layer"])
+def test_guidance_that_needs_no_text_tokens_stays_open_to_an_unconditional_run(kind):
+    words = ["--encoders.use", "[]", "--sampling.negative_guidance", kind, "--sampling.skip_layer.layers", "[1]"]
+    assert load_config(None, words).sampling.negative_guidance == kind
 
 
 def test_the_pooled_width_is_filled_in_from_the_axis():

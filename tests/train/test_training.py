@@ -10,6 +10,7 @@ from PIL import Image
 import mmdit.train.step as step_room
 from mmdit.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from mmdit.config import ConfigError
+from mmdit.train.estimate import describe
 from mmdit.train.step import NonFiniteLossError, micro_positions
 from mmdit.train.tracking import read_metrics
 from mmdit.train.trainer import build_seeded, train
@@ -40,6 +41,18 @@ def test_a_run_leaves_plain_files_from_which_everything_can_be_told(tmp_path, mi
     assert {"commit", "dirty", "versions", "hardware", "command", "sessions", "settings"} <= environment.keys()
     assert list((tmp_path / "tensorboard").iterdir())
     assert (tmp_path / "config.yaml").read_text() == (result.checkpoint / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(("images", "told"), [(8, True), (15, True), (16, False)])
+def test_a_budget_that_ends_within_the_warm_up_is_told_at_the_start_and_in_a_dry_run(
+    tmp_path, micro, capsys, images, told
+):
+    config = micro({"train": {"images": images}})
+    train(config, tmp_path, progress=False)
+    told_at_start = "ends within the warm-up of 16, so the learning rate never reaches 0.001" in capsys.readouterr().out
+    assert told_at_start == ("ends within the warm-up" in describe(config)) == told
+    rates = [r["lr"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "train"]
+    assert (max(rates) < config.train.lr) == told
 
 
 def test_the_loss_falls(tmp_path, micro):
