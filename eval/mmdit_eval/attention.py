@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,9 @@ from mmdit.encoders.text import TextEncoders
 from mmdit.encoders.vae import to_pixels
 from mmdit.pipeline import TextToImage
 from mmdit_eval.drawn import Reference
+from mmdit_eval.words import chosen_words
 
-_PLAIN = {"a", "an", "the", "of", "and", "in", "on", "to", "is", "with"}  # words whose maps say little
 SIDE = 16  # every map is brought to this size
-
-
-def chosen_words(caption: str, words: Sequence[str] = ()) -> list[str]:
-    """Return the given words that stand in the caption, else its own without articles and the like."""
-    own = list(dict.fromkeys(re.findall(r"[\w'-]+", caption.lower())))
-    return [word for word in words if word in own] or [word for word in own if word not in _PLAIN]
 
 
 def word_positions(text: TextEncoders, caption: str, word: str) -> dict[str, list[int]]:

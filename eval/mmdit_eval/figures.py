@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmdit_eval import plots
-from mmdit_eval.findings import Files, ceiling_value, estimate, pictures_of_curves
+from mmdit_eval.findings import Files, ceiling_value, estimate, of_intervals, pictures_of_curves, seconds_note, spent
 from mmdit_eval.plots import RowStyle
 from mmdit_eval.scores import SCORES
 from mmdit_eval.statistics import Estimate
+from mmdit_eval.words import repeated, shown_words
+
+# the one number that says how strong a kind of guidance is
+STRENGTHS = {
+    "cfg": ("guidance_scale",),
+    "skip_layer": ("skip_layer", "scale"),
+    "kv_subtract": ("kv_subtract", "weight"),
+    "nag": ("nag", "scale"),
+}
 
 
 def figures(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, str]]:
@@ -32,10 +41,10 @@ def figures(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, str]
         title = f"{label[0].upper()}{label[1:]} against images, FLOPs and seconds"
         note = (
             f"Each point: {pictures_of_curves(files)} of one checkpoint. An update takes three times the FLOP of its "
-            f"forward. Seconds are training steps alone, on this machine.{_of_splits(files)}"
+            f"forward. Seconds are training steps alone, on this machine.{_of_splits(files)} {seconds_note(files)}"
         )
         png = plots.score_figure(score, by_images, by_flops, by_seconds, ceiling, styles, files.split_names)
-        drawn.append({"title": title, "note": note, "png": png})
+        drawn.append({"title": title, "note": note.strip(), "png": png})
     training: dict[str, list[Any]] = {}
     levels: dict[str, dict[str, list[Any]]] = {"seen": {}, "heldout": {}}
     for cell in files.cells:
@@ -104,31 +113,54 @@ def _by_attribute(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str
         for row in files.rows:
             found = {score: estimate(files.of(row), split, score) for score in labels}
             values.setdefault(split, {})[row] = {score: value for score, value in found.items() if value is not None}
-    several = len(files.study["seeds"]) > 1
-    note = f"95 % intervals {'over training seeds' if several else 'over prompts and noise, between samples only'}."
+    note = f"95 % intervals {of_intervals(files)}."
     png = plots.attribute_figure(values, styles, labels, files.split_names)
     return [{"title": "Accuracy by attribute", "note": note, "png": png}]
 
 
 def _attention(files: Files) -> list[dict[str, str]]:
-    """Draw which image tokens read which word, row by row, where it was recorded."""
+    """Draw which image tokens read which word, row by row, where it was recorded: the same words in every row."""
     found: dict[str, list[Any]] = {}
+    words: list[str] = []
     for row in files.rows:
         file = next(
             (c.folder / "attention.json" for c in files.of(row) if (c.folder / "attention.json").is_file()), None
         )
         if file is not None:
-            found[row] = json.loads(file.read_text(encoding="utf-8"))["prompts"]
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            found[row], words = stored["prompts"], stored["settings"]["config"]["words"]
     drawn = []
     for i in range(min((len(prompts) for prompts in found.values()), default=0)):
-        maps = {row: prompts[i]["maps"] for row, prompts in found.items() if prompts[i]["maps"]}
-        if maps:
+        maps = {row: prompts[i]["maps"] for row, prompts in found.items()}
+        if any(maps.values()):
             first = next(iter(found.values()))[i]
-            note = f"The true picture at t = {first['t']}, mean over heads and blocks."
+            shown, left_out = shown_words(first["caption"], words)
             drawn.append(
-                {"title": f"What is read from: {first['caption']}", "note": note, "png": plots.map_figure(maps)}
+                {
+                    "title": f"What is read from: {first['caption']}",
+                    "note": _attention_note(first, maps, shown, left_out),
+                    "png": plots.map_figure(maps, shown),
+                }
             )
     return drawn
+
+
+def _attention_note(
+    prompt: Mapping[str, Any], maps: Mapping[str, Mapping[str, Any]], shown: Sequence[str], left_out: int
+) -> str:
+    """Say what the maps are, what their colours mean, and what is not shown."""
+    note = (
+        f"The true picture at t = {prompt['t']}, mean over heads and blocks: the share of an image token's attention "
+        f"that goes to the word, on one colour scale (by its square root) for all words and rows."
+    )
+    if any(word not in found for found in maps.values() for word in shown):
+        note += " Not read: the row's text is cut off before the word, or it reads no text tokens."
+    twice = repeated(prompt["caption"], shown)
+    if twice:
+        note += f" Of {', '.join(twice)}, which stand{'s' if len(twice) == 1 else ''} more than once, the first place."
+    if left_out:
+        note += f" Left out: {left_out} other word{'s' if left_out > 1 else ''} of the caption."
+    return note
 
 
 def _guidance(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, str]]:
@@ -145,16 +177,36 @@ def _guidance(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, st
         for row, sampling in kept.items():
             found = {"x": estimate(files.of(row), split, x), "y": estimate(files.of(row), split, y)}
             if None not in found.values():
-                scale = sampling.get("guidance_scale", 0.0)
-                rest = {**sampling, "guidance_scale": None}
-                only_scale = sampling.get("negative_guidance", "cfg") == "cfg"
-                curve = json.dumps([files.book["rows"][row]["trained_as"], rest]) if only_scale else None
+                scale, rest = _strength(sampling)
+                curve = json.dumps([files.book["rows"][row]["trained_as"], rest]) if rest else None
                 points.append({"row": row, "label": row, "split": split, "scale": scale, "curve": curve, **found})
     if not points:
         return []
-    note = "Up and to the left is better. Crosses are 95 % intervals; a line joins scales of one network."
+    note = (
+        f"Up and to the left is better. Crosses are 95 % intervals, {of_intervals(files)}; a line joins strengths of "
+        f"one kind of guidance on one network, all else equal."
+    )
     png = plots.guidance_figure(points, (x, y), styles, files.split_names)
     return [{"title": "What guidance buys, and what it costs", "note": note, "png": png}]
+
+
+def _strength(sampling: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Return how strong a row's guidance is, and all else that decides its pictures; (0, None) without guidance."""
+    kind = sampling.get("negative_guidance", "cfg")
+    if kind not in STRENGTHS:
+        return 0.0, None
+    rest = {
+        name: dict(value) if isinstance(value, Mapping) else value
+        for name, value in sampling.items()
+        if name not in STRENGTHS or name == kind  # what belongs to other kinds has no effect
+    }
+    if kind in ("nag", "kv_subtract"):
+        rest.pop("guidance_scale", None)
+    *path, last = STRENGTHS[kind]
+    place: dict[str, Any] = rest
+    for name in path:
+        place = place[name]
+    return float(place.pop(last, 0.0)), {**rest, "negative_guidance": kind}
 
 
 def _curves(files: Files, score: str, axis: str) -> dict[str, dict[str, list[list[tuple[float, float]]]]]:
@@ -163,7 +215,7 @@ def _curves(files: Files, score: str, axis: str) -> dict[str, dict[str, list[lis
         for cell in files.judged:
             points = [
                 (cost, splits[split]["scores"][score]["value"])
-                for cost, splits in cell.spent(axis)
+                for cost, splits in spent(files, cell, axis)
                 if score in splits.get(split, {}).get("scores", {})
             ]
             if points and np.isfinite(points).all():

@@ -17,6 +17,8 @@ from mmdit_eval.comparison import read_result
 from mmdit_eval.scores import HEADLINES, SCORES, SPLITS, split_names
 from mmdit_eval.statistics import Estimate, seed_interval
 
+SHARED = 1.5  # seeds of one row that differ in time by more than this factor did not have the machine to themselves
+
 
 @dataclass
 class Cell:
@@ -45,16 +47,6 @@ class Cell:
         if self.result is None:
             return None
         return self.folder / "samples" / f"{self.result['suite']}-{self.result['images_seen']:012d}"
-
-    def spent(self, axis: str) -> list[tuple[float, dict[str, Any]]]:
-        """Return (what a judged checkpoint had cost, {split: measured}); axis is `images`, `flops` or `seconds`.
-
-        An update takes three times the FLOPs of its forward.
-        """
-        return [
-            ({"images": float(images), "flops": 3.0 * self.flops * images, "seconds": seconds}[axis], splits)
-            for images, seconds, splits in self.points
-        ]
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.log if record.get("kind") == kind]
@@ -108,6 +100,15 @@ class Files:
     @cached_property
     def splits(self) -> list[str]:
         return [split for split in SPLITS if any(split in (cell.result or {})["splits"] for cell in self.judged)]
+
+    @cached_property
+    def seconds(self) -> dict[tuple[str, int], float]:
+        """{(row, images seen): training seconds until then}, the median over the row's seeds."""
+        found: dict[tuple[str, int], list[float]] = {}
+        for cell in self.judged:
+            for images, seconds, _ in cell.points:
+                found.setdefault((cell.row, images), []).append(seconds)
+        return {key: float(np.median(values)) for key, values in found.items()}
 
     @cached_property
     def one_target(self) -> bool:
@@ -190,10 +191,29 @@ def estimate(cells: Sequence[Cell], split: str, score: str) -> Estimate | None:
     return values[0] if len(values) == 1 else seed_interval([value["value"] for value in values])
 
 
-def at_budget(cell: Cell, split: str, score: str, axis: str, budget: float) -> float | None:
-    """Return a score at a budget, linear between the judged checkpoints; None outside. `axis`: as in `Cell.spent`."""
+def spent(files: Files, cell: Cell, axis: str) -> list[tuple[float, dict[str, Any]]]:
+    """Return (what a judged checkpoint had cost, {split: measured}); axis is `images`, `flops` or `seconds`.
+
+    An update takes three times the FLOPs of its forward. Seconds are the median over the row's seeds: one of them may
+    have trained beside other work.
+    """
+    return [
+        (
+            {
+                "images": float(images),
+                "flops": 3.0 * cell.flops * images,
+                "seconds": files.seconds[cell.row, images],
+            }[axis],
+            splits,
+        )
+        for images, _, splits in cell.points
+    ]
+
+
+def at_budget(files: Files, cell: Cell, split: str, score: str, axis: str, budget: float) -> float | None:
+    """Return a score at a budget, linear between the judged checkpoints; None outside. `axis`: as in `spent`."""
     points = []
-    for cost, splits in cell.spent(axis):
+    for cost, splits in spent(files, cell, axis):
         found = splits.get(split, {}).get("scores", {}).get(score)
         if found is not None:
             points.append((cost, found["value"]))
@@ -219,14 +239,16 @@ def equal_budgets(files: Files) -> list[dict[str, Any]]:
     ]
     chosen = chosen or [s for s in (files.headline,) if s]
     for axis in ("images", "flops", "seconds"):
-        reached = [cell.spent(axis)[-1][0] for cell in files.judged if cell.points]
+        reached = [spent(files, cell, axis)[-1][0] for cell in files.judged if cell.points]
         if not reached or not np.isfinite(reached).all():
             continue
         budget = min(reached)
         lines: list[dict[str, Any]] = []
         for row in files.rows:
             values = {
-                f"{split}.{score}": _mean([at_budget(cell, split, score, axis, budget) for cell in files.of(row)])
+                f"{split}.{score}": _mean(
+                    [at_budget(files, cell, split, score, axis, budget) for cell in files.of(row)]
+                )
                 for split in files.splits
                 for score in chosen
             }
@@ -266,11 +288,37 @@ def score_table(files: Files) -> list[dict[str, Any]]:
     return lines
 
 
+def interval_over(files: Files, column: str) -> str:
+    """Say what the intervals of a row, the ceiling or chance are over: "5 seeds" or "between samples only"."""
+    if column == "chance":
+        return ""  # by construction, without an interval
+    seeds = len(files.of(column)) if column in files.rows else 1
+    return f"{seeds} seeds" if seeds > 1 else "between samples only"
+
+
+def of_intervals(files: Files) -> str:
+    """Say in words what the intervals of all rows are over."""
+    counts = {row: len(files.of(row)) for row in files.rows if files.of(row)}
+    single = [row for row, count in counts.items() if count == 1]
+    if len(single) == len(counts):
+        return "over prompts and noise, between samples only"
+    return "over training seeds" + (f"; of {', '.join(single)} between samples only (one seed)" if single else "")
+
+
 def cost_table(files: Files) -> list[dict[str, Any]]:
-    """Return one line a row: what it is and what it took."""
+    """Return one line a row: what it is and what it took.
+
+    Times are those of the middle seed, beside them the range over seeds ([least, most]): a mean would follow the one
+    seed that trained beside other work.
+    """
     lines = []
     for row in files.rows:
         cells, cost = files.of(row), files.book["rows"][row]
+        times = {
+            "seconds": [cell.seconds for cell in cells],
+            "images_per_second": [cell.images_per_second for cell in cells],
+            "drawn_per_second": [(cell.result or {})["drawn_per_second"] for cell in cells],
+        }
         lines.append(
             {
                 "row": row,
@@ -282,15 +330,75 @@ def cost_table(files: Files) -> list[dict[str, Any]]:
                 "trained_as": cost["trained_as"],
                 "confounded": cost["confounded"],
                 "match": cost["match"],
-                "tokens": cost["tokens"],
+                "tokens": cost["tokens"] if _reads_tokens(files, row) else 0,
                 "images": cells[0].result["images_seen"] if cells and cells[0].result else None,
-                "seconds": _mean([cell.seconds for cell in cells]),
-                "images_per_second": _mean([cell.images_per_second for cell in cells]),
-                "drawn_per_second": _mean([(cell.result or {})["drawn_per_second"] for cell in cells]),
                 "seeds": len(cells),
+                **{name: _middle(values) for name, values in times.items()},
+                **{f"{name}_range": _range(values) for name, values in times.items()},
             }
         )
     return lines
+
+
+def _reads_tokens(files: Files, row: str) -> bool:
+    """Tell whether a row's network reads text tokens: with `injection: pooled` it reads the pooled vector alone."""
+    for name, entry in files.book["cells"].items():
+        config = files.folder / entry.get("trained_as", name) / "config.yaml"
+        if entry["row"] == row and config.is_file():
+            try:
+                return bool(yaml.safe_load(config.read_text(encoding="utf-8"))["model"].get("injection") != "pooled")
+            except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+                continue  # not whole: another seed's says the same
+    return True
+
+
+def _middle(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return float(np.median(present)) if present and len(present) == len(values) else None
+
+
+def _range(values: Sequence[float | None]) -> list[float] | None:
+    """[least, most] over seeds; None of one seed, or where one has no value."""
+    present = [value for value in values if value is not None]
+    return [min(present), max(present)] if len(present) == len(values) > 1 else None
+
+
+def seconds_note(files: Files) -> str:
+    """Say what the seconds of a row with several seeds are, and that they compare nothing where the machine was shared.
+
+    The seeds of a row do the same work: a factor of more than `SHARED` between their seconds an image is not theirs.
+    """
+    lines = cost_table(files)
+    if all(line["seconds_range"] is None for line in lines):
+        return ""
+    note = "Training seconds: the median over seeds, and where they differ their range."
+    times = _differing([line["images_per_second_range"] for line in lines])
+    if not times:
+        return note
+    return (
+        f"{note} Seconds of one row differ up to {times} times between seeds: the machine did other work; they do not "
+        f"compare rows."
+    )
+
+
+def drawing_note(files: Files) -> str:
+    """Say the same of the pictures drawn a second."""
+    times = _differing([line["drawn_per_second_range"] for line in cost_table(files)])
+    return f"Pictures/s of one row differ up to {times} times, and do not compare rows either." if times else ""
+
+
+def _differing(ranges: Sequence[Sequence[float] | None]) -> str:
+    """Return the largest factor between the seeds of one row, as text; "" where it is at most `SHARED`."""
+    factor = max((ends[1] / ends[0] for ends in ranges if ends is not None and ends[0] > 0), default=1.0)
+    return "" if factor <= SHARED else f"{factor:.0f}" if factor >= 10 else f"{factor:.1f}"
+
+
+def ranged(value: float | None, ends: Sequence[float] | None, digits: int = 0) -> tuple[str, str]:
+    """Format a time and its range over seeds: ("418", "181 – 2,900"); no range where it says nothing more."""
+    if not value:
+        return "–", ""
+    low, high = (f"{end:,.{digits}f}" for end in ends) if ends else ("", "")
+    return f"{value:,.{digits}f}", f"{low} – {high}" if low != high else ""
 
 
 def pictures_of_curves(files: Files) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,13 @@ WIDE = 8  # a distance that spans this factor stands on a logarithmic axis
 FEW = 4  # above so many rows the single seeds' lines are left out: their mean alone can be read
 DPI = 160
 LEGEND = 5  # entries in a line of the legend
+# where a label may stand beside its point: to the right, dy up (points), and on which side it begins
+_PLACES = (
+    (7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"), (16, 1, "left"), (-16, 1, "right"),
+    (7, 16, "left"), (7, -23, "left"), (-7, 16, "right"), (-7, -23, "right"), (28, 8, "left"), (28, -15, "left"),
+    (-28, 8, "right"), (-28, -15, "right"),
+)  # fmt: skip
+_NEAR = 4  # of these touch their point
 SPLIT_STYLES = {"seen": "-", "heldout": (0, (4, 2))}
 
 # a curve: (x, y) pairs; a row may have several, one a seed
@@ -61,10 +69,11 @@ def score_figure(
     """
     figure, axes = _figure(3, rows=len(styles))
     style = SCORES[score]
+    several = any(len(seeds) > 1 for curves in by_seconds.values() for seeds in curves.values())
     panels = (
         (axes[0], by_images, "training images (thousands)", 1e-3),
         (axes[1], by_flops, "training TFLOP", 1e-12),
-        (axes[2], by_seconds, "training seconds", 1.0),
+        (axes[2], by_seconds, f"training seconds{', median over seeds' if several else ''}", 1.0),
     )
     for axis, data, label, unit in panels:
         for split, curves in data.items():
@@ -150,6 +159,7 @@ def guidance_figure(
     splits = list(dict.fromkeys(point["split"] for point in points))
     figure, axes = _figure(len(splits))
     styles = [SCORES[score] for score in scores]
+    drawn: list[tuple[np.ndarray, list[str], list[str]]] = []
     for axis, split in zip(np.atleast_1d(axes), splits, strict=True):
         here = sorted((p for p in points if p["split"] == split), key=lambda p: p["scale"])
         line = np.array([[styles[i].factor * p[k]["value"] for i, k in enumerate("xy")] for p in here])
@@ -161,11 +171,18 @@ def guidance_figure(
                 if p[key]["low"] is not None:
                     ends = style.factor * p[key]["low"], style.factor * p[key]["high"]
                     draw(y if key == "x" else x, *ends, color=rows[p["row"]].colour, linewidth=1.2, alpha=0.7)
-            axis.plot([x], [y], marker=rows[p["row"]].mark, markersize=6, color=rows[p["row"]].colour, zorder=3)
-            axis.annotate(p["label"], (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8.5, color="#30343b")
+            axis.plot(
+                [x], [y], marker=rows[p["row"]].mark, markersize=6, color=rows[p["row"]].colour, zorder=3, alpha=0.75,
+                markeredgewidth=0,
+            )  # fmt: skip
+        axis.margins(0.12)
         axis.set_xlabel(_axis_label(styles[0]))
         axis.set_title(names[split], fontsize=10, color="#30343b")
+        drawn.append((line, [str(p["label"]) for p in here], [rows[p["row"]].colour for p in here]))
     np.atleast_1d(axes)[0].set_ylabel(_axis_label(styles[1]))
+    figure.canvas.draw()  # from here on the axes stay where they are
+    for axis, found in zip(np.atleast_1d(axes), drawn, strict=True):
+        _label_apart(axis, *found, size=8.5)
     return _png(figure)
 
 
@@ -301,22 +318,44 @@ def sweep_figure(table: Mapping[str, Any]) -> str:
     return _png(figure)
 
 
-def _label_apart(axis: Any, points: np.ndarray, labels: Sequence[str]) -> None:
-    """Write each label beside its point, on the first side where it hides neither a label nor a point."""
-    places = axis.transData.transform(points)
+def _label_apart(
+    axis: Any, points: np.ndarray, labels: Sequence[str], colours: Sequence[str] | None = None, size: float = 9
+) -> None:
+    """Write each label beside its point, where it hides no label and no point, stays inside and crosses few lines.
+
+    Of places that are equally good the first; a thin line leads to a point that its label does not touch.
+    """
+    places, frame = axis.transData.transform(points), axis.get_window_extent()
+    lines = [np.asarray(line.get_transform().transform(line.get_xydata())) for line in axis.lines]
+    lines += [axis.transData.transform(part) for found in axis.collections for part in found.get_segments()]
     taken: list[Any] = []
-    for point, label in zip(points, labels, strict=True):
-        for dx, dy, side in ((7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right"), (16, 1, "left")):
-            text = axis.annotate(
-                label, point, xytext=(dx, dy), textcoords="offset points", fontsize=9, ha=side, annotation_clip=True
-            )
-            box = text.get_window_extent()
-            if not (any(box.overlaps(other) for other in taken) or any(box.contains(*place) for place in places)):
-                break
+
+    def cost(box: Any) -> int:
+        hidden = sum(box.overlaps(other) for other in taken) + sum(box.contains(*place) for place in places)
+        outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+        return 100 * hidden + 50 * outside + sum(_crosses(box, line) for line in lines)
+
+    for i, (point, label) in enumerate(zip(points, labels, strict=True)):
+        look = {"textcoords": "offset points", "fontsize": size, "color": colours[i] if colours else "#30343b"}
+        found = []
+        for number, (*offset, side) in enumerate(_PLACES):
+            text = axis.annotate(label, point, xytext=offset, ha=side, **look)
+            found.append((cost(text.get_window_extent()), number, text.get_window_extent()))
             text.remove()
-        else:
-            text = axis.annotate(label, point, xytext=(7, 5), textcoords="offset points", annotation_clip=True)
-        taken.append(text.get_window_extent())
+        _, chosen, box = min(found, key=lambda place: place[:2])
+        *offset, side = _PLACES[chosen]
+        line = {"arrowstyle": "-", "color": look["color"], "linewidth": 0.6} if chosen >= _NEAR else None
+        axis.annotate(label, point, xytext=offset, ha=side, arrowprops=line, **look)
+        taken.append(box)
+
+
+def _crosses(box: Any, line: np.ndarray) -> bool:
+    """Tell whether a line of points [N, 2], in pixels, runs through a box: looked at every 2 pixels."""
+    for a, b in itertools.pairwise(line):
+        steps = np.linspace(a, b, 2 + int(np.hypot(*(b - a)) / 2)) if np.isfinite([a, b]).all() else np.zeros((0, 2))
+        if any(box.contains(*step) for step in steps):
+            return True
+    return False
 
 
 def _view_on_guided(
@@ -341,27 +380,44 @@ def _error_bars(estimates: Sequence[Mapping[str, Any]], factor: float) -> np.nda
     return factor * np.array(sides).T.clip(0)
 
 
-def map_figure(maps: Mapping[str, Mapping[str, Any]]) -> str:
-    """Draw attention maps, one line a row of the study, one column a word: base64 PNG."""
+def map_figure(maps: Mapping[str, Mapping[str, Any]], words: Sequence[str]) -> str:
+    """Draw attention maps, one line a row of the study, one column a word, on one colour scale: base64 PNG.
+
+    The colour is that of the square root of a share, from 0: words that are read a little can be seen beside one that
+    is read much. A word that a row did not read stays blank and is called so.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.colors import PowerNorm
 
-    words = list(dict.fromkeys(word for found in maps.values() for word in found))
-    size = 1.15 * len(words) + 1.4, 1.15 * len(maps) + 0.4
-    figure, axes = pyplot.subplots(len(maps), len(words), figsize=size, squeeze=False, layout="constrained")
+    highest = max(
+        (float(np.max(found[word])) for found in maps.values() for word in words if word in found), default=1.0
+    )
+    size = 1.15 * len(words) + 1.0 + 0.09 * max(map(len, maps)), 1.15 * len(maps) + 0.4
+    figure, axes = pyplot.subplots(len(maps), len(words), figsize=size, squeeze=False, layout="compressed")
+    norm = PowerNorm(0.5, vmin=0, vmax=highest)
+    image = pyplot.cm.ScalarMappable(norm, "magma")
     for line, (row, found) in enumerate(maps.items()):
         for column, word in enumerate(words):
             axis = axes[line][column]
             if word in found:
-                axis.imshow(np.asarray(found[word]), cmap="magma", interpolation="nearest")
+                axis.imshow(np.asarray(found[word]), cmap="magma", norm=norm, interpolation="nearest")
+            else:
+                axis.set_box_aspect(1)
+                axis.text(0.5, 0.5, "not read", transform=axis.transAxes, ha="center", va="center", fontsize=8,
+                          color=CEILING)  # fmt: skip
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
             if line == 0:
                 axis.set_title(word, fontsize=9, color="#30343b", parse_math=False)
         axes[line][0].set_ylabel(row, fontsize=9, color="#30343b", rotation=0, ha="right", va="center")
+    bar = figure.colorbar(image, ax=axes, aspect=max(8, 10 * len(maps)), pad=0.02)
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label("share of attention", fontsize=8, color="#30343b")
+    bar.outline.set_visible(False)
     return _png(figure)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdit_eval.findings import read_study
+from mmdit_eval.findings import ranged, read_study
 from mmdit_eval.scores import SCORES, SPLITS, Score, shown, shown_interval
 
 # which scores fit into a README, by what the study has
@@ -103,11 +103,16 @@ def study_block(summary: Mapping[str, Any], folder: Path) -> str:
             if not found:
                 continue
             intervals = claimed | set(_WITH_INTERVAL)
-            entries = [row, *(_entry(name, found.get(name), intervals) for name in chosen), *_costs(rows.get(row))]
+            name_of_row = row if row not in rows else _with_seeds(row, rows)
+            entries = [
+                name_of_row,
+                *(_entry(name, found.get(name), intervals) for name in chosen),
+                *_costs(rows.get(row)),
+            ]
             lines.append("| " + " | ".join(entries) + " |")
         lines.append("")
     plain = [sentence for sentence in summary["verdict"] if sentence.startswith(("One seed", "The rows"))]
-    lines += summary.get("caveats", plain)
+    lines += [*summary.get("caveats", plain), *filter(None, [summary["seconds_note"]])]
     return "\n".join(lines).rstrip()
 
 
@@ -205,14 +210,22 @@ def _entry(name: str, value: Mapping[str, Any] | None, with_interval: Collection
     return shown(name, value["value"]) + (f" [{interval}]" if interval else "")
 
 
+def _with_seeds(row: str, rows: Mapping[str, Any]) -> str:
+    """Return a row's name, with its seeds where rows have different numbers of them."""
+    if len({line["seeds"] for line in rows.values()}) == 1:
+        return row
+    seeds = rows[row]["seeds"]
+    return f"{row} ({seeds} seed{'' if seeds == 1 else 's'})"
+
+
 def _costs(row: Mapping[str, Any] | None) -> list[str]:
     if row is None:
         return ["", "", ""]
-    seconds = row["seconds"]
+    seconds, ends = ranged(row["seconds"], row["seconds_range"])
     return [
         f"{row['parameters'] / 1e6:.2f} M",
         f"{row['images']:,}" if row["images"] else "–",
-        f"{seconds:,.0f}" if seconds else "–",
+        f"{seconds} [{ends}]" if ends else seconds,
     ]
 
 

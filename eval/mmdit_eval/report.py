@@ -9,7 +9,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,38 @@ import yaml
 from mmdit_eval import plots
 from mmdit_eval.claims import caveats, for_new_prompts, judge_claims, verdict
 from mmdit_eval.figures import figures, grids
-from mmdit_eval.findings import Files, cost_table, equal_budgets, estimate, pictures_of_curves, read_study, score_table
+from mmdit_eval.findings import (
+    Files,
+    cost_table,
+    drawing_note,
+    equal_budgets,
+    estimate,
+    interval_over,
+    of_intervals,
+    pictures_of_curves,
+    ranged,
+    read_study,
+    score_table,
+    seconds_note,
+)
 from mmdit_eval.scores import SCORES, shown, shown_interval, split_names
 from mmdit_eval.statistics import Estimate
 from mmdit_eval.verdicts import PAIRED
 
 TEMPLATES = Path(__file__).parent / "templates"
 LATENTS = ("encoders.vae", "encoders.latent_shift", "encoders.latent_scale", "encoders.posterior")
+INTERVALS = "95 % interval"  # head of what says, row by row, what the intervals are over
+_LATEX = str.maketrans(
+    {
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "–": "--",
+        **{"−": "$-$", "×": r"$\times$", "→": r"$\to$", "∞": r"$\infty$", "±": r"$\pm$", "≤": r"$\le$"},
+        **{"≥": r"$\ge$", "²": "$^2$", "·": r"$\cdot$", "…": r"\dots{}", "’": "'"},
+    }
+)
 WIDE = 8  # more columns of (split, row) than this, and rows stand down the table, one table a split
 
 
@@ -73,6 +98,7 @@ def summary(files: Files) -> dict[str, Any]:
         "caveats": caveats(files),
         "claims": [{**claim, "new_prompts": for_new_prompts(files, claim)} for claim in judge_claims(files)],
         "rows": {line["row"]: {k: v for k, v in line.items() if k != "row"} for line in cost_table(files)},
+        "seconds_note": seconds_note(files),
         "scores": scores,
         "equal_budgets": equal_budgets(files),
         "cells": {c.folder.name: {"status": c.status, "reason": c.reason} for c in files.cells},
@@ -108,6 +134,7 @@ def markdown(files: Files) -> str:
     several = len(files.splits) > 1
     heads = [f"{column}, {split}" if several else column for split, column in columns]
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(columns)]
+    lines.append(f"| {INTERVALS} | " + " | ".join(interval_over(files, column) for _, column in columns) + " |")
     for line in score_table(files):
         style = SCORES.get(line["score"])
         entries = [_with_interval(line["score"], line["cells"].get(key)) for key in columns]
@@ -117,26 +144,35 @@ def markdown(files: Files) -> str:
 
 def _markdown_of_rows(files: Files, table: Mapping[str, Any]) -> str:
     name = files.split_names[table["split"]]
-    heads = [SCORES[score].label if score in SCORES else score for score in table["scores"]]
+    heads = [INTERVALS, *(SCORES[score].label if score in SCORES else score for score in table["scores"])]
     lines = [f"{name[0].upper()}{name[1:]}:", "", "| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for column, cells in table["lines"]:
         entries = [_with_interval(score, cells.get(score)) for score in table["scores"]]
-        lines.append(f"| {column} | " + " | ".join(entries) + " |")
+        lines.append(f"| {column} | " + " | ".join([interval_over(files, column), *entries]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def latex(files: Files) -> str:
-    """Return the score table as a LaTeX tabular (booktabs): rows of the study down, scores across."""
+    """Return the score table as a LaTeX tabular (booktabs): rows of the study down, scores across; plain pdflatex."""
     known = [(split, score) for split in files.splits for score in files.scores]
     heads = [f"{SCORES[score].label if score in SCORES else score}, {split}" for split, score in known]
-    lines = [f"\\begin{{tabular}}{{l{'r' * len(known)}}}", "\\toprule", " & ".join(["", *heads]) + r" \\", r"\midrule"]
+    lines = [f"\\begin{{tabular}}{{ll{'r' * len(known)}}}", r"\toprule", _latex_line(["", INTERVALS, *heads])]
+    lines.append(r"\midrule")
     for row in files.rows:
         entries = [estimate(files.of(row), split, score) for split, score in known]
-        cells = ["--" if v is None else _with_interval(score, v) for v, (_, score) in zip(entries, known, strict=True)]
-        lines.append(" & ".join([row, *cells]) + r" \\")
-    for plain, escaped in (("_", r"\_"), ("%", r"\%"), ("−", "$-$"), (" – ", "--"), ("×", r"$\times$"), ("–", "--")):
-        lines = [line.replace(plain, escaped) for line in lines]
+        cells = ["–" if v is None else _with_interval(score, v) for v, (_, score) in zip(entries, known, strict=True)]
+        over = interval_over(files, row) if files.of(row) else ""
+        lines.append(_latex_line([row, over, *cells]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _latex_line(cells: Sequence[str]) -> str:
+    return " & ".join(map(latex_text, cells)) + r" \\"
+
+
+def latex_text(text: str) -> str:
+    """Escape text for LaTeX: its own signs, and symbols that pdflatex does not know; letters with accents stay."""
+    return text.replace(" – ", "–").translate(_LATEX)
 
 
 def _with_interval(score: str, value: Estimate | None) -> str:
@@ -220,6 +256,7 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
     environment.filters["shown_as"] = lambda value, score: shown(score, value)
     environment.filters["small_p"] = lambda p: "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
     environment.filters["breakable"] = _breakable
+    environment.filters["ranged"] = ranged
     environment.filters["interval"] = lambda value, score: shown_interval(score, value["low"], value["high"])
     styles = plots.row_styles(files.rows)
     seeds, changed = len(files.study["seeds"]), _changed(files)
@@ -243,6 +280,10 @@ def html(files: Files, drawn: list[dict[str, str]] | None = None) -> str:
         ),
         confounded=[row for row, kept in files.book["rows"].items() if kept["confounded"]],
         costs=cost_table(files),
+        seconds_note=seconds_note(files),
+        drawing_note=drawing_note(files),
+        intervals=of_intervals(files),
+        interval_over=lambda column: interval_over(files, column),
         budgets=equal_budgets(files),
         figures=figures(files, styles) if drawn is None else drawn,
         grids=grids(files),

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from mmdit_eval.attention import SIDE, attention_maps, chosen_words, word_positions, write_attention
+from mmdit_eval.attention import SIDE, attention_maps, word_positions, write_attention
 from mmdit_eval.metrics import Reference
+from mmdit_eval.words import chosen_words, repeated, shown_words
 
 from mmdit.config import AttentionConfig
 from mmdit.data import make_dataset
@@ -16,6 +17,23 @@ from mmdit.pipeline import TextToImage
 def test_words_that_say_something_are_chosen_unless_some_are_named():
     assert chosen_words("a large green diamond above a red circle")[:3] == ["large", "green", "diamond"]
     assert chosen_words("a green star", ("star", "moon")) == ["star"]
+
+
+def test_a_figure_has_room_for_eight_words_those_that_say_what_is_in_the_picture():
+    short = "a large green diamond above a red circle"
+    assert shown_words(short) == (["large", "green", "diamond", "above", "red", "circle"], 0)
+    filler = "nothing overlaps and nothing is cut off by any border here"
+    assert shown_words(f"{filler}. two small red stars left of a white circle") == (
+        ["two", "small", "red", "stars", "left", "white", "circle"], 8,
+    )  # fmt: skip
+    colours = "red orange yellow green cyan blue purple white circle square"  # the first and the last
+    assert shown_words(colours) == (["red", "orange", "yellow", "green", "purple", "white", "circle", "square"], 2)
+    assert shown_words("one old man walks his dog by many rivers daily") == (
+        ["one", "old", "man", "walks", "by", "many", "rivers", "daily"], 2,
+    )  # fmt: skip
+    assert shown_words(colours, ("square", "red", "moon")) == (["square", "red"], 0)
+    assert shown_words(colours, colours.split()) == (colours.split()[:8], 2)
+    assert repeated("a red star and a red circle", ["red", "star"]) == ["red"]
 
 
 def test_the_tokens_of_a_word_are_found_in_every_encoder_also_at_the_end(text):

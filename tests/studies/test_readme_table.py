@@ -14,11 +14,12 @@ def summary():
     def score(value):
         return {"value": value, "low": value - 0.05, "high": min(1.0, value + 0.05), "n": 100, "method": "wilson"}
 
-    cost = {"parameters": 10_087_936, "images": 96_000, "seconds": 241.4}
+    cost = {"parameters": 10_087_936, "images": 96_000, "seconds": 241.4, "seconds_range": None, "seeds": 1}
     return {
         "study": "pretend",
         "command": "python scripts/ablate.py configs/studies/pretend.yaml",
         "verdict": ["All correct: something.", "One seed ranks nothing: really."],
+        "seconds_note": "",
         "rows": {"mmdit": cost, "unet": {**cost, "seconds": None}},
         "scores": {
             row: {split: {"all_correct": score(value), "colour": score(0.97)} for split in ("seen", "heldout")}
@@ -75,6 +76,18 @@ def test_a_study_with_verdicts_says_them_with_intervals_and_seeds_above_the_clai
     assert "| joint | 90.0 % [88.0 – 92.0] | 10.09 M |" in block
     assert "| colour |" not in block
     assert block.endswith("5 comparisons were stated beforehand.\npooled is confounded: really.")
+
+
+def test_seconds_stand_with_their_range_and_the_foot_says_what_they_do_not_compare(tmp_path):
+    found = decided()
+    found["rows"]["crossdit"] = {**found["rows"]["mmdit"], "seconds": 418.0, "seconds_range": [181.28, 2900.07]}
+    found["rows"]["joint"] = {**found["rows"]["mmdit"], "seconds": 301.2, "seconds_range": [301.1, 301.3], "seeds": 5}
+    found["seconds_note"] = "Seconds of one row differ up to 16 times."
+    block = study_block(found, tmp_path)
+    assert "| crossdit (1 seed) | 90.0 % [88.0 – 92.0] | 10.09 M | 96,000 | 418 [181 – 2,900] |" in block
+    assert "| joint (5 seeds) | 90.0 % [88.0 – 92.0] | 10.09 M | 96,000 | 301 |" in block
+    assert block.endswith("pooled is confounded: really.\nSeconds of one row differ up to 16 times.")
+    assert "Seconds" not in found_line(found)
 
 
 def test_the_head_of_a_study_says_what_was_found_and_a_stale_one_is_noticed(tmp_path):

@@ -5,22 +5,27 @@ import io
 import json
 import os
 import re
+import unicodedata
 
 import numpy as np
 import pytest
 import yaml
+from mmdit_eval import plots
 from mmdit_eval.claims import verdict
 from mmdit_eval.comparison import check_comparable, compare, find_result
 from mmdit_eval.figures import figures, grids
-from mmdit_eval.findings import at_budget, cost_table, equal_budgets, estimate, read_study
+from mmdit_eval.findings import at_budget, cost_table, equal_budgets, estimate, read_study, seconds_note, spent
 from mmdit_eval.mixed import mixed_difference
 from mmdit_eval.plots import row_styles
 from mmdit_eval.readme import store_study
-from mmdit_eval.report import csv_table, html, markdown, summary, write_report
+from mmdit_eval.report import csv_table, html, latex, latex_text, markdown, summary, write_report
+from mmdit_eval.scores import SCORES
 from mmdit_eval.statistics import mean_interval
 from PIL import Image
 
 from tests.studies.made_up import STAMP, widen, write_study
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 
 
 @pytest.fixture
@@ -48,17 +53,59 @@ def test_claims_stand_in_the_page_the_summary_and_the_table_in_latex(tmp_path):
     ]
     assert all(claim["permutation"] is not None and claim["new_prompts"]["df"] > 0 for claim in claims)
     tex = (study / "table.tex").read_text()
-    assert tex.startswith("\\begin{tabular}{lrrrrrr}")
+    assert tex.startswith("\\begin{tabular}{llrrrrrr}")
     assert tex.count("\\\\") == 3  # heads and two rows
     assert "%" not in tex.replace("\\%", "")
 
 
-def test_attention_maps_are_drawn_where_they_were_recorded(study):
+def record_maps(study, row, caption, maps, words=()):
+    """Leave maps of one prompt in a row's first cell, {word: share}, each everywhere alike."""
+    prompt = {"caption": caption, "t": 0.7, "maps": {word: [[share] * 4] * 4 for word, share in maps.items()}}
+    stored = {"settings": {"config": {"words": list(words)}}, "prompts": [prompt]}
+    (study / f"{row}-s0" / "attention.json").write_text(json.dumps(stored))
 
-    words = {"caption": "a red circle", "t": 0.7, "maps": {"red": [[0.1] * 4] * 4, "circle": [[0.2] * 4] * 4}}
-    (study / "mmdit-s0" / "attention.json").write_text(json.dumps({"settings": {}, "prompts": [words]}))
-    titles = [figure["title"] for figure in figures(read_study(study), row_styles(["mmdit", "unet"]))]
-    assert "What is read from: a red circle" in titles
+
+def drawn_maps(study, monkeypatch):
+    """Return the note of the attention figure, and per row what its panels show: the share, or the words on it."""
+    kept = []
+    monkeypatch.setattr("mmdit_eval.plots._png", lambda figure: kept.append(figure) or PIXEL)
+    files = read_study(study)
+    [found] = [f for f in figures(files, row_styles(files.rows)) if f["title"].startswith("What is read from")]
+    *axes, bar = kept[-1].axes
+    columns = [axis.get_title() for axis in axes if axis.get_title()]
+    panels = [axis.images[0].get_array()[0, 0] if axis.images else axis.texts[0].get_text() for axis in axes]
+    lines = {
+        axis.get_ylabel(): dict(zip(columns, panels[i : i + len(columns)], strict=True))
+        for i, axis in enumerate(axes)
+        if axis.get_ylabel()
+    }
+    limits = {axis.images[0].get_clim() for axis in axes if axis.images}
+    return found["note"], lines, limits, bar.get_ylabel()
+
+
+def test_every_row_shows_the_same_words_on_one_colour_scale_also_those_it_does_not_read(study, monkeypatch):
+    caption = "it shows a plain grey page and then on it and far below one line there is a white star"
+    record_maps(study, "mmdit", caption, {"shows": 0.5, "below": 0.02, "white": 0.1, "star": 0.2})
+    record_maps(study, "unet", caption, {"shows": 0.5, "below": 0.05})
+    note, lines, limits, bar = drawn_maps(study, monkeypatch)
+    assert lines == {
+        "mmdit": {"below": 0.02, "white": 0.1, "star": 0.2},
+        "unet": {"below": 0.05, "white": "not read", "star": "not read"},
+    }
+    assert limits == {(0.0, 0.2)}  # the largest share that is shown
+    assert bar == "share of attention"
+    assert "Left out: 10 other words of the caption." in note
+    assert "one colour scale" in note
+    assert "Not read: " in note
+
+
+def test_the_words_that_a_study_names_are_shown_and_a_row_without_text_tokens_has_a_blank_line(study, monkeypatch):
+    record_maps(study, "mmdit", "a red circle", {"red": 0.3}, words=("red",))
+    record_maps(study, "unet", "a red circle", {}, words=("red",))
+    note, lines, limits, _ = drawn_maps(study, monkeypatch)
+    assert lines == {"mmdit": {"red": 0.3}, "unet": {"red": "not read"}}
+    assert limits == {(0.0, 0.3)}
+    assert "Left out" not in note
 
 
 def test_rows_under_several_guidances_are_drawn_against_each_other(study):
@@ -75,6 +122,58 @@ def test_rows_under_several_guidances_are_drawn_against_each_other(study):
     page = html(read_study(study))
     assert "(confounded)" in page
     assert "unet is confounded: it differs from the reference in train.lr too" in page
+
+
+def test_strengths_of_one_kind_of_guidance_are_joined_and_no_others(tmp_path, monkeypatch):
+    study = widen(write_study(tmp_path), 9)
+    book = json.loads((study / "study.json").read_text())
+    kinds = [
+        *({"negative_guidance": "cfg", "guidance_scale": scale} for scale in (1.0, 4.0)),
+        *({"negative_guidance": "nag", "nag": {"scale": scale, "tau": 2.5}} for scale in (2.0, 5.0)),
+        {"negative_guidance": "nag", "nag": {"scale": 9.0, "tau": 1.0}},  # differs in more than its strength
+        *({"negative_guidance": "kv_subtract", "kv_subtract": {"weight": weight}} for weight in (0.3, 0.1)),
+        {"negative_guidance": "none"},
+        {"negative_guidance": "skip_layer", "guidance_scale": 4.0, "skip_layer": {"scale": 1.0}},
+    ]
+    every = {"guidance_scale": 2.5, "nag": {"scale": 5.0, "tau": 2.5}, "kv_subtract": {"weight": 0.5}}
+    for kept, kind in zip(book["rows"].values(), kinds, strict=True):
+        kept.update(sampling={"num_steps": 20, **every, **kind}, trained_as="mmdit")
+    (study / "study.json").write_text(json.dumps(book))
+    found = []
+    monkeypatch.setattr("mmdit_eval.plots.guidance_figure", lambda points, *_: found.extend(points) or PIXEL)
+    figures(read_study(study), row_styles(list(book["rows"])))
+    curves = {}
+    for point in found:
+        if point["split"] == "seen":
+            curves.setdefault(point["curve"] or point["row"], []).append((point["row"], point["scale"]))
+    assert list(curves.values()) == [
+        [("mmdit", 1.0), ("unet", 4.0)],
+        [("row_2", 2.0), ("row_3", 5.0)],
+        [("row_4", 9.0)],
+        [("row_5", 0.3), ("row_6", 0.1)],
+        [("row_7", 0.0)],
+        [("row_8", 1.0)],
+    ]
+
+
+def test_labels_of_rows_that_nearly_coincide_hide_neither_each_other_nor_a_point(monkeypatch):
+    kept = []
+    monkeypatch.setattr(plots, "_png", kept.append)
+    places = {"cfg": (6.0, 0.516), "skip_layer": (6.01, 0.52), "none": (14.2, 0.28), "kv_subtract": (14.9, 0.27)}
+    points = [
+        {"row": row, "label": row, "split": "seen", "scale": 1.0, "curve": None,
+         "x": {"value": x, "low": x - 1, "high": x + 1}, "y": {"value": y, "low": y - 0.05, "high": y + 0.05}}
+        for row, (x, y) in places.items()
+    ]  # fmt: skip
+    plots.guidance_figure(points, ("frechet", "all_correct"), row_styles(list(places)), {"seen": "seen"})
+    [axis] = kept[0].axes
+    boxes = {text.get_text(): text.get_bbox_patch() or text.get_window_extent() for text in axis.texts}
+    assert boxes.keys() == places.keys()
+    frame, found = axis.get_window_extent(), list(boxes.values())
+    assert not any(a.overlaps(b) for i, a in enumerate(found) for b in found[:i])
+    dots = axis.transData.transform([(x, 100 * y) for x, y in places.values()])
+    assert not any(box.contains(*dot) for box in found for dot in dots)
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in found)
 
 
 def test_what_was_claimed_and_not_measured_is_said_and_nothing_else_takes_its_place(study):
@@ -194,7 +293,7 @@ def test_many_rows_stand_down_the_tables_each_with_a_colour_and_mark_of_its_own(
     assert "varied: model ·" in page
     assert "Held-out combinations only. Lines: means over seeds." in page
     table = markdown(read_study(folder))
-    assert table.startswith("Seen combinations:\n\n| | all correct | CLIP-score | Fréchet |")
+    assert table.startswith("Seen combinations:\n\n| | 95 % interval | all correct | CLIP-score | Fréchet |")
     assert len([line for line in table.splitlines() if line.startswith("| row_")]) == 2 * 7
     words = verdict(read_study(folder))
     assert not any(sentence.startswith("All correct, seen") for sentence in words)  # the table says it better
@@ -366,9 +465,113 @@ def test_seconds_come_from_the_log_and_budgets_from_the_slower_row(study):
     assert seconds["budget"] == pytest.approx(3000 / 700)
     unet = files.of("unet")[0]
     first, second = (unet.points[i][2]["seen"]["scores"]["all_correct"]["value"] for i in (0, 1))
-    assert at_budget(unet, "seen", "all_correct", "seconds", 1500 / 350) == pytest.approx((first + second) / 2)
-    assert at_budget(unet, "seen", "all_correct", "images", 500) is None
+    assert at_budget(files, unet, "seen", "all_correct", "seconds", 1500 / 350) == pytest.approx((first + second) / 2)
+    assert at_budget(files, unet, "seen", "all_correct", "images", 500) is None
     assert cost_table(files)[1]["images_per_second"] == pytest.approx(350)
+
+
+def slow(study, name, factor):
+    """Make a cell's training take longer, as beside other work."""
+    log = study / name / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    log.write_text("\n".join(json.dumps({**line, "seconds": line["seconds"] * factor}) for line in lines))
+
+
+def test_a_seed_that_trained_beside_other_work_moves_no_time_and_is_told(tmp_path):
+    study = write_study(tmp_path, seeds=(0, 1, 2))
+    own = "Training seconds: the median over seeds, and where they differ their range."
+    assert seconds_note(read_study(study)) == own
+    slow(study, "mmdit-s1", 1.45)
+    assert seconds_note(read_study(study)) == own  # less than half as long again
+    slow(study, "mmdit-s1", 16 / 1.45)
+    slow(study, "mmdit-s2", 1.2)
+    files = read_study(study)
+    mmdit, unet = cost_table(files)
+    alone = 3000 / 700
+    assert mmdit["seconds"] == pytest.approx(1.2 * alone)  # a mean would be 6 times as long
+    assert mmdit["seconds_range"] == pytest.approx([alone, 16 * alone])
+    assert mmdit["images_per_second"] == pytest.approx(700 / 1.2)
+    assert mmdit["images_per_second_range"] == pytest.approx([700 / 16, 700])
+    assert unet["seconds_range"] == pytest.approx([3000 / 350] * 2)
+    for cell in files.of("mmdit"):  # the figure's clock, and that of equal budgets
+        assert [cost for cost, _ in spent(files, cell, "seconds")] == pytest.approx(
+            [0.4 * alone, 0.8 * alone, 1.2 * alone]
+        )
+    assert equal_budgets(files)[2]["budget"] == pytest.approx(1.2 * alone)
+    told = (
+        "Seconds of one row differ up to 16 times between seeds: the machine did other work; they do not compare rows."
+    )
+    page = html(files)
+    assert '<td>5<span class="interval">4 – 69</span></td>' in page
+    assert '<td>9<span class="interval"></span></td>' in page
+    assert page.count(told) == 2 + 2  # costs, equal budgets, a figure each of all correct and Fréchet
+    assert summary(files)["seconds_note"] == f"{own} {told}"
+
+
+def test_one_seed_has_no_range_of_seconds(study):
+    files = read_study(study)
+    assert cost_table(files)[0]["seconds_range"] is None
+    assert seconds_note(files) == ""
+    assert '<td>4<span class="interval"></span></td>' in html(files, drawn=[])
+
+
+def test_a_row_that_reads_the_pooled_vector_alone_has_no_text_tokens(study):
+    for row, injection in (("mmdit", "joint"), ("unet", "pooled")):
+        (study / f"{row}-s0/config.yaml").write_text(yaml.safe_dump({"model": {"injection": injection}}))
+    assert [line["tokens"] for line in cost_table(read_study(study))] == [20, 0]
+
+
+def test_each_row_says_what_its_intervals_are_over(tmp_path):
+    folder = write_study(tmp_path, seeds=(0, 1, 2))
+    for seed in (1, 2):
+        for path in (folder / f"unet-s{seed}/eval").glob("*.json"):
+            path.write_text("{ damaged")
+    files = read_study(folder)
+    assert markdown(files).splitlines()[2] == "| 95 % interval |" + 2 * (
+        " 3 seeds | between samples only | between samples only |"
+    )
+    lines = latex(files).splitlines()
+    assert lines[2].startswith(r" & 95 \% interval & all correct, seen & ")
+    assert lines[4].startswith("mmdit & 3 seeds & ")
+    assert lines[5].startswith("unet & between samples only & ")
+    page = html(files)
+    over = re.search(r'<tr class="over">(.*?)</tr>', page).group(1)
+    assert re.findall(r"<td[^>]*>(.*?)</td>", over) == [
+        "95 % interval",
+        *2 * ["3 seeds", *2 * ["between samples only"]],
+    ]
+    assert "its 95 % interval, over training seeds; of unet between samples only (one seed)." in page
+    wide = widen(write_study(tmp_path / "wide", seeds=(0, 1)), 9)
+    for path in (wide / "row_3-s1/eval").glob("*.json"):
+        path.unlink()
+    table = markdown(read_study(wide))
+    assert table.startswith("Seen combinations:\n\n| | 95 % interval | all correct |")
+    assert table.count("| row_2 | 2 seeds | ") == table.count("| row_3 | between samples only | ") == 2
+    assert table.count("| ceiling | between samples only | ") == 2
+    page = html(read_study(wide), drawn=[])
+    assert page.count('row_3</td>\n<td class="quiet">between samples only</td>') == 2
+
+
+def test_the_table_in_latex_holds_no_sign_that_pdflatex_does_not_know(study):
+    assert latex_text("Fréchet, N → ∞ × −1 & 5 % of a_b #2") == (
+        r"Fréchet, N $\to$ $\infty$ $\times$ $-$1 \& 5 \% of a\_b \#2"
+    )
+    assert latex_text("90.1 – 96.0") == "90.1--96.0"
+    for file in study.glob("*/eval/*.json"):  # every score there is, some of it below zero
+        result = json.loads(file.read_text())
+        value = {"value": -0.5, "low": -0.6, "high": 0.4, "n": 9, "method": "t"}
+        for split in result["splits"].values():
+            split["scores"] = {score: value for score in SCORES}  # noqa: C420
+        file.write_text(json.dumps(result))
+    text = latex(read_study(study))
+    assert r"Fréchet, N $\to$ $\infty$, seen" in text
+    assert "$-$50.0 \\% [$-$60.0--40.0]" in text
+    strange = {sign for sign in text if ord(sign) > 127}
+    assert strange == {"é"}
+    assert all(unicodedata.name(sign).startswith("LATIN") and sign.isalpha() for sign in strange)
+    assert not re.search(r"(?<!\\)[%#_]", text)
+    for line in text.splitlines()[2:-2]:
+        assert line == r"\midrule" or line.count("&") == 1 + 2 * len(SCORES)
 
 
 def test_one_seed_ranks_nothing_and_several_are_compared_seed_by_seed(tmp_path):
