@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 
 from mmdit_eval import plots
-from mmdit_eval.findings import Files, ceiling_value, estimate, of_intervals, pictures_of_curves, seconds_note, spent
+from mmdit_eval.findings import (
+    Files,
+    ceiling_value,
+    estimate,
+    injection_of,
+    of_intervals,
+    pictures_of_curves,
+    seconds_note,
+    spent,
+)
 from mmdit_eval.plots import RowStyle
 from mmdit_eval.scores import SCORES
 from mmdit_eval.statistics import Estimate
@@ -138,7 +147,7 @@ def _attention(files: Files) -> list[dict[str, str]]:
             drawn.append(
                 {
                     "title": f"What is read from: {first['caption']}",
-                    "note": _attention_note(first, maps, shown, left_out),
+                    "note": _attention_note(first, maps, shown, left_out) + _sums_note(files, list(maps)),
                     "png": plots.map_figure(maps, shown),
                 }
             )
@@ -161,6 +170,14 @@ def _attention_note(
     if left_out:
         note += f" Left out: {left_out} other word{'s' if left_out > 1 else ''} of the caption."
     return note
+
+
+def _sums_note(files: Files, rows: Sequence[str]) -> str:
+    """Say which rows' shares add up to more than one."""
+    several = [row for row in rows if injection_of(files, row) == "decoupled"]
+    if not several:
+        return ""
+    return f" In {' and '.join(several)} each stream of text has an attention of its own, whose shares add up to 1."
 
 
 def _guidance(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, str]]:

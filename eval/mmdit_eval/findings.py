@@ -330,7 +330,7 @@ def cost_table(files: Files) -> list[dict[str, Any]]:
                 "trained_as": cost["trained_as"],
                 "confounded": cost["confounded"],
                 "match": cost["match"],
-                "tokens": cost["tokens"] if _reads_tokens(files, row) else 0,
+                "tokens": 0 if injection_of(files, row) == "pooled" else cost["tokens"],
                 "images": cells[0].result["images_seen"] if cells and cells[0].result else None,
                 "seeds": len(cells),
                 **{name: _middle(values) for name, values in times.items()},
@@ -340,16 +340,16 @@ def cost_table(files: Files) -> list[dict[str, Any]]:
     return lines
 
 
-def _reads_tokens(files: Files, row: str) -> bool:
-    """Tell whether a row's network reads text tokens: with `injection: pooled` it reads the pooled vector alone."""
+def injection_of(files: Files, row: str) -> str:
+    """Return how text enters a row's network; "" where no cell's config says so."""
     for name, entry in files.book["cells"].items():
         config = files.folder / entry.get("trained_as", name) / "config.yaml"
         if entry["row"] == row and config.is_file():
             try:
-                return bool(yaml.safe_load(config.read_text(encoding="utf-8"))["model"].get("injection") != "pooled")
+                return str(yaml.safe_load(config.read_text(encoding="utf-8"))["model"].get("injection", ""))
             except (yaml.YAMLError, KeyError, TypeError, AttributeError):
                 continue  # not whole: another seed's says the same
-    return True
+    return ""
 
 
 def _middle(values: Sequence[float | None]) -> float | None:

@@ -108,6 +108,15 @@ def test_the_words_that_a_study_names_are_shown_and_a_row_without_text_tokens_ha
     assert "Left out" not in note
 
 
+def test_shares_of_streams_that_are_read_apart_are_said_to_add_up_to_one_each(study, monkeypatch):
+    for row in ("mmdit", "unet"):
+        record_maps(study, row, "a red circle", {"red": 0.3})
+    assert "add up" not in drawn_maps(study, monkeypatch)[0]
+    (study / "unet-s0" / "config.yaml").write_text("model: {injection: decoupled}\n")
+    note = drawn_maps(study, monkeypatch)[0]
+    assert note.endswith(" In unet each stream of text has an attention of its own, whose shares add up to 1.")
+
+
 def test_rows_under_several_guidances_are_drawn_against_each_other(study):
 
     book = json.loads((study / "study.json").read_text())
