@@ -19,6 +19,7 @@ from mmdit_eval.scores import SCORES, SPLITS, Score, shown, shown_interval
 # which scores fit into a README, by what the study has
 _CHOSEN = ("colour", "shape", "relation", "all_correct", "same_tone", "same_base", "clip_score", "frechet")
 _BESIDE = ("all_correct", "clip_score", "frechet")  # beside the claimed scores of a study with verdicts
+_LEADING = "injection"  # the study of the project's own question
 _FOUND = "# Found:"
 _WITH_INTERVAL = ("all_correct", "same_tone", "same_base")
 
@@ -64,10 +65,11 @@ def store_study(folder: str | Path, results: str | Path) -> Path:
 def results_block(results: str | Path) -> str:
     """Return the Markdown between the markers: one picture, then one table a study.
 
-    Studies whose claims were tested over seeds come first, each kind in alphabetical order; the picture is the first's.
+    Studies whose claims were tested over seeds come first, each kind in alphabetical order but for the one that the
+    project is about; the picture is the first's.
     """
     summaries = {file: json.loads(file.read_text("utf-8")) for file in sorted(Path(results).glob("*/summary.json"))}
-    files = sorted(summaries, key=lambda file: not _tested(summaries[file]))
+    files = sorted(summaries, key=lambda file: (not _tested(summaries[file]), file.parent.name != _LEADING))
     pictures = [picture for file in files if (picture := file.parent / "grid-heldout.png").is_file()]
     words = "Held-out combinations: true, through the VAE, and as each row drew them from the same prompts and noise"
     parts = [f"![{words}]({picture.as_posix()})" for picture in pictures[:1]]

@@ -136,6 +136,16 @@ def test_a_study_tested_over_seeds_comes_before_those_that_rank_nothing(tmp_path
     assert f"({(tmp_path / 'which' / 'grid-heldout.png').as_posix()})" in block
 
 
+def test_the_study_of_the_projects_question_comes_first_where_it_is_tested(tmp_path):
+    for name in ("densities", "injection"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({**decided(), "study": name}))
+        (tmp_path / name / "grid-heldout.png").write_bytes(b"png")
+    block = results_block(tmp_path)
+    assert block.index("**[injection]") < block.index("**[densities]")
+    assert f"({(tmp_path / 'injection' / 'grid-heldout.png').as_posix()})" in block
+
+
 def test_only_what_stands_between_the_markers_changes_and_twice_changes_nothing():
     text = f"before\n{START}\nold\n{END}\nafter\n"
     once = rewrite(text, "new")
