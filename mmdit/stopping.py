@@ -7,8 +7,9 @@ and shell may both send one: two are still one wish. Under nohup SIGHUP stays ig
 import os
 import signal
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 SIGHUP = getattr(signal, "SIGHUP", None)  # systems without terminals of this kind have none
 
@@ -29,29 +30,29 @@ def handled(act: Callable[[int], None], *numbers: int) -> Iterator[None]:
     wanted = set(numbers)
     if SIGHUP is not None and signal.getsignal(SIGHUP) != signal.SIG_IGN:
         wanted.add(SIGHUP)
-    previous = {}
-    with suppress(ValueError):  # not the main thread
-        for number in wanted:
-            previous[number] = signal.signal(number, handle)
-    try:
+    with _set(handle, wanted):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def ignored(*numbers: int) -> Iterator[None]:
     """Within, ignore these signals; a process that is started meanwhile goes on ignoring them."""
+    with _set(signal.SIG_IGN, numbers):
+        yield
+
+
+@contextmanager
+def _set(handler: Callable[[int, Any], None] | signal.Handlers, numbers: Iterable[int]) -> Iterator[None]:
+    """Within, give these signals a handler; nothing changes in another thread than the main one."""
     previous = {}
     with suppress(ValueError):  # not the main thread
         for number in numbers:
-            previous[number] = signal.signal(number, signal.SIG_IGN)
+            previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def interrupt(number: int) -> None:

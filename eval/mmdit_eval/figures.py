@@ -15,7 +15,6 @@ from mmdit_eval.findings import (
     Files,
     ceiling_value,
     estimate,
-    injection_of,
     of_intervals,
     pictures_of_curves,
     seconds_note,
@@ -38,6 +37,7 @@ STRENGTHS = {
 def figures(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, str]]:
     """Draw the figures that the files allow: [{"title", "note", "png", "width"}], the width as the page shows it."""
     drawn = []
+    of_seconds = seconds_note(files)
     headline = [name for name in (files.headline,) if name]
     for score in [*headline, *(s for s in ("frechet",) if s in files.scores and s not in headline)]:
         by_images, by_flops, by_seconds = (_curves(files, score, axis) for axis in ("images", "flops", "seconds"))
@@ -50,7 +50,7 @@ def figures(files: Files, styles: Mapping[str, RowStyle]) -> list[dict[str, str]
         title = f"{label[0].upper()}{label[1:]} against images, FLOPs and seconds"
         note = (
             f"Each point: {pictures_of_curves(files)} of one checkpoint. An update takes three times the FLOP of its "
-            f"forward. Seconds are training steps alone, on this machine.{_of_splits(files)} {seconds_note(files)}"
+            f"forward. Seconds are training steps alone, on this machine.{_of_splits(files)} {of_seconds}"
         )
         png = plots.score_figure(score, by_images, by_flops, by_seconds, ceiling, styles, files.split_names)
         drawn.append({"title": title, "note": note.strip(), "png": png})
@@ -174,7 +174,7 @@ def _attention_note(
 
 def _sums_note(files: Files, rows: Sequence[str]) -> str:
     """Say which rows' shares add up to more than one."""
-    several = [row for row in rows if injection_of(files, row) == "decoupled"]
+    several = [row for row in rows if files.injections[row] == "decoupled"]
     if not several:
         return ""
     return f" In {' and '.join(several)} each stream of text has an attention of its own, whose shares add up to 1."

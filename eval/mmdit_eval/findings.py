@@ -111,6 +111,20 @@ class Files:
         return {key: float(np.median(values)) for key, values in found.items()}
 
     @cached_property
+    def injections(self) -> dict[str, str]:
+        """How text enters each row's network; "" where no cell's config says so."""
+        found = dict.fromkeys(self.rows, "")
+        for name, entry in self.book["cells"].items():
+            config = self.folder / entry.get("trained_as", name) / "config.yaml"
+            if found.get(entry["row"]) == "" and config.is_file():
+                try:
+                    model = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
+                    found[entry["row"]] = str(model.get("injection", ""))
+                except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+                    continue  # not whole: another seed's says the same
+        return found
+
+    @cached_property
     def one_target(self) -> bool:
         """Whether all were trained on one target: else their losses are different numbers."""
         return len({cell.target for cell in self.judged}) < 2
@@ -330,7 +344,7 @@ def cost_table(files: Files) -> list[dict[str, Any]]:
                 "trained_as": cost["trained_as"],
                 "confounded": cost["confounded"],
                 "match": cost["match"],
-                "tokens": 0 if injection_of(files, row) == "pooled" else cost["tokens"],
+                "tokens": 0 if files.injections[row] == "pooled" else cost["tokens"],
                 "images": cells[0].result["images_seen"] if cells and cells[0].result else None,
                 "seeds": len(cells),
                 **{name: _middle(values) for name, values in times.items()},
@@ -338,18 +352,6 @@ def cost_table(files: Files) -> list[dict[str, Any]]:
             }
         )
     return lines
-
-
-def injection_of(files: Files, row: str) -> str:
-    """Return how text enters a row's network; "" where no cell's config says so."""
-    for name, entry in files.book["cells"].items():
-        config = files.folder / entry.get("trained_as", name) / "config.yaml"
-        if entry["row"] == row and config.is_file():
-            try:
-                return str(yaml.safe_load(config.read_text(encoding="utf-8"))["model"].get("injection", ""))
-            except (yaml.YAMLError, KeyError, TypeError, AttributeError):
-                continue  # not whole: another seed's says the same
-    return ""
 
 
 def _middle(values: Sequence[float | None]) -> float | None:

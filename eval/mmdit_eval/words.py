@@ -14,7 +14,7 @@ MOST = 8  # words in a row of a figure
 
 def chosen_words(caption: str, words: Sequence[str] = ()) -> list[str]:
     """Return the given words that stand in the caption, else its own without articles and the like."""
-    own = _words(caption)
+    own = list(dict.fromkeys(_words(caption)))
     return [word for word in words if word in own] or [word for word in own if word not in _PLAIN]
 
 
@@ -38,12 +38,12 @@ def shown_words(caption: str, words: Sequence[str] = ()) -> tuple[list[str], int
 
 def repeated(caption: str, words: Sequence[str]) -> list[str]:
     """Return which of the words stand in the caption more than once."""
-    every = re.findall(r"[\w'-]+", caption.lower())
+    every = _words(caption)
     return [word for word in words if every.count(word) > 1]
 
 
 def _words(caption: str) -> list[str]:
-    return list(dict.fromkeys(re.findall(r"[\w'-]+", caption.lower())))
+    return re.findall(r"[\w'-]+", caption.lower())
 
 
 def _content() -> set[str]:

@@ -115,33 +115,30 @@ def test_the_heads_of_shipped_studies_say_what_the_stored_results_say():
     assert stale_heads(ROOT / "results", ROOT / "configs/studies") == {}, "run: python scripts/readme_table.py"
 
 
+def stored(folder, **studies):
+    """Store studies with a picture each, as `store_study` leaves them."""
+    for name, found in studies.items():
+        (folder / name).mkdir()
+        (folder / name / "summary.json").write_text(json.dumps({**found, "study": name}))
+        (folder / name / "grid-heldout.png").write_bytes(b"png")
+    return folder
+
+
 def test_one_picture_stands_above_the_tables(tmp_path):
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text(json.dumps({**summary(), "study": name}))
-        (tmp_path / name / "grid-heldout.png").write_bytes(b"png")
-    block = results_block(tmp_path)
+    block = results_block(stored(tmp_path, first=summary(), second=summary()))
     assert block.startswith("![Held-out combinations")
     assert block.count("![") == 1
     assert f"({(tmp_path / 'first' / 'grid-heldout.png').as_posix()})" in block
 
 
 def test_a_study_tested_over_seeds_comes_before_those_that_rank_nothing(tmp_path):
-    for name, found in (("emoji", summary()), ("which", decided())):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text(json.dumps({**found, "study": name}))
-        (tmp_path / name / "grid-heldout.png").write_bytes(b"png")
-    block = results_block(tmp_path)
+    block = results_block(stored(tmp_path, emoji=summary(), which=decided()))
     assert block.index("**[which]") < block.index("**[emoji]")
     assert f"({(tmp_path / 'which' / 'grid-heldout.png').as_posix()})" in block
 
 
 def test_the_study_of_the_projects_question_comes_first_where_it_is_tested(tmp_path):
-    for name in ("densities", "injection"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text(json.dumps({**decided(), "study": name}))
-        (tmp_path / name / "grid-heldout.png").write_bytes(b"png")
-    block = results_block(tmp_path)
+    block = results_block(stored(tmp_path, densities=decided(), injection=decided()))
     assert block.index("**[injection]") < block.index("**[densities]")
     assert f"({(tmp_path / 'injection' / 'grid-heldout.png').as_posix()})" in block
 

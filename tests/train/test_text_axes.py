@@ -131,6 +131,22 @@ def test_every_t5_length_trains_and_samples_on_long_captions(micro, backbone, va
     assert real.max() <= t5_length == text.t5_length
 
 
+def filled(config, source=None, rename=None):
+    """The denoiser of a run with random weights in every place, or with those of another under other names."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = build_denoiser(config.model).eval()
+        with torch.no_grad():  # zero gates would hide everything
+            for parameter in denoiser.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    if source is not None:
+        state = {rename(key): value for key, value in source.state_dict().items()}
+        wanted = denoiser.state_dict()
+        # a U-Net reads a stream at its real width: of `cross` the columns that meet zero-padding are not needed
+        denoiser.load_state_dict({key: value[tuple(map(slice, wanted[key].shape))] for key, value in state.items()})
+    return denoiser
+
+
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
@@ -147,13 +163,8 @@ def test_every_t5_length_trains_and_samples_on_long_captions(micro, backbone, va
 )
 def test_trimmed_text_gives_the_masked_result_for_less(micro, backbone, text, name, fields):
     config = micro({"model": {**backbone(name), **fields}})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        denoiser = build_denoiser(config.model).eval()
-        with torch.no_grad():  # zero gates would hide everything
-            for parameter in denoiser.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        latents = torch.randn(2, 4, 8, 8)
+    denoiser = filled(config)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     masked = text.encode(PROMPTS, "mask")
     trimmed = apply_padding(masked, "trim")
     timestep = torch.tensor([300.0, 900.0])
@@ -165,22 +176,6 @@ def test_trimmed_text_gives_the_masked_result_for_less(micro, backbone, text, na
     costs = [forward_flops(config.model, tokens=c.streams, latent_size=8) for c in (masked, trimmed)]
     assert trimmed.context.shape[1] < 0.5 * masked.context.shape[1]
     assert costs[1] < costs[0]
-
-
-def filled(config, source=None, rename=None):
-    """The denoiser of a run with random weights in every place, or with those of another under other names."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        denoiser = build_denoiser(config.model).eval()
-        with torch.no_grad():  # zero gates would hide everything
-            for parameter in denoiser.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    if source is not None:
-        state = {rename(key): value for key, value in source.state_dict().items()}
-        wanted = denoiser.state_dict()
-        # a U-Net reads a stream at its real width: of `cross` the columns that meet zero-padding are not needed
-        denoiser.load_state_dict({key: value[tuple(map(slice, wanted[key].shape))] for key, value in state.items()})
-    return denoiser
 
 
 @pytest.mark.parametrize("padding", ["trim", "mask", "attend"])
